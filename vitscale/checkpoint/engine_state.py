@@ -1,0 +1,69 @@
+"""An engine's training state into and out of a checkpoint store."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vitscale import __version__
+from vitscale.checkpoint.fragments import (
+    optimizer_steps,
+    parameter_shapes,
+    read_fragments,
+    write_fragments,
+)
+from vitscale.checkpoint.state import TrainState
+from vitscale.checkpoint.store import Checkpoint, CheckpointStore
+from vitscale.errors import CheckpointError
+
+
+def commit_state(store: CheckpointStore, engine: Any, state: TrainState, *, data_digest: str) -> None:
+    """Commit the engine and ``state`` as the checkpoint of ``state.step``. Collective.
+
+    Raises:
+        CheckpointError: some rank could not write.
+    """
+    content = {
+        "step": state.step,
+        "state": state.to_json(),
+        "optimizer_steps": optimizer_steps(engine),
+        "parameters": parameter_shapes(engine),
+        "data_digest": data_digest,
+        "world_size": engine.world_size,
+        "zero_stage": engine.zero_optimization_stage(),
+        "vitscale_version": __version__,
+        "created_unix_s": int(time.time()),
+    }
+    store.commit(content, lambda path: write_fragments(engine, path))
+
+
+def restore_state(store: CheckpointStore, engine: Any, *, data_digest: str) -> TrainState | None:
+    """Load the newest complete checkpoint into a fresh engine, or give ``None`` if there is none. Collective.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or of other training data.
+    """
+    checkpoint = store.newest()
+    if checkpoint is None:
+        return None
+    _check_fits(checkpoint, parameter_shapes(engine), data_digest)
+    read_fragments(engine, checkpoint.files, steps=int(checkpoint.content["optimizer_steps"]))
+    return TrainState.from_json(checkpoint.content["state"])
+
+
+def _check_fits(checkpoint: Checkpoint, shapes: dict[str, list[int]], data_digest: str) -> None:
+    saved: dict[str, list[int]] = checkpoint.content["parameters"]
+    different = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
+    if different:
+        shown = "; ".join(
+            f"{n}: saved {saved.get(n, 'absent')}, model {shapes.get(n, 'absent')}" for n in different[:5]
+        )
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(different)} parameters do not fit the model ({shown}); "
+            f"use the model's configuration of that run, or another run folder"
+        )
+    if checkpoint.content["data_digest"] != data_digest:
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained on another content of the training shards; the order of samples would "
+            f"change in the middle of the run: bring back the shard set, or start another run folder"
+        )

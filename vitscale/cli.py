@@ -1,0 +1,157 @@
+"""The ``vitscale`` command. Sub-commands of sibling packages join it through the entry points "vitscale.commands"."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitscale import __version__
+from vitscale.errors import VitscaleError
+
+COMMAND_GROUP = "vitscale.commands"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distributed pre-training of Vision Transformers.",
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/ and 'vitscale config'.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changed values: optim.lr=3e-4 data.workers=8 ...")]
+Nproc = Annotated[int | None, typer.Option(help="Start this many ranks on this machine. Under torchrun or srun, omit.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run that has a checkpoint.")]
+Step = Annotated[int | None, typer.Option(help="Checkpoint to take; the newest by default.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -> None:
+    """Train a model, or continue the run that lies in its run folder."""
+    from vitscale.config.loader import load_config
+
+    loaded = load_config(config, overrides or [])
+
+    def work() -> None:
+        from vitscale.topology import Topology
+        from vitscale.train.loop import train as run_training
+
+        run_training(loaded, Topology.from_environment())
+
+    _on_ranks(nproc, work)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    data: Annotated[Path | None, typer.Option(help="Shard set; the run's data.eval by default.")] = None,
+    step: Step = None,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass on one rank.", min=1)] = 64,
+    nproc: Nproc = None,
+) -> None:
+    """Top-1 and top-5 accuracy of a checkpoint. Prints one line of JSON."""
+
+    def work() -> None:
+        from vitscale.evaluation.commands import evaluate_run
+        from vitscale.topology import Topology
+
+        _echo_json(evaluate_run(run, data, step=step, batch_size=batch_size, topology=Topology.from_environment()))
+
+    _on_ranks(nproc, work)
+
+
+@app.command()
+def fewshot(
+    run: RunFolder,
+    train_data: Annotated[Path, typer.Option("--train", help="Shard set that the shots are drawn from.")],
+    test_data: Annotated[Path, typer.Option("--test", help="Shard set that is classified.")],
+    shots: Annotated[str, typer.Option(help="Images per class, several with commas.")] = "1,5,10,25",
+    seeds: Annotated[int, typer.Option(help="Draws to average over.", min=1)] = 3,
+    ridge: Annotated[float, typer.Option(help="Strength of the ridge penalty.", min=0)] = 1024.0,
+    step: Step = None,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass on one rank.", min=1)] = 64,
+    nproc: Nproc = None,
+) -> None:
+    """Few-shot linear accuracy of a checkpoint (ridge regression in closed form). Prints one line of JSON."""
+
+    def work() -> None:
+        from vitscale.evaluation.commands import fewshot_run, parse_shots
+        from vitscale.topology import Topology
+
+        _echo_json(
+            fewshot_run(
+                run,
+                train_data,
+                test_data,
+                shots=parse_shots(shots),
+                seeds=seeds,
+                ridge=ridge,
+                step=step,
+                batch_size=batch_size,
+                topology=Topology.from_environment(),
+            )
+        )
+
+    _on_ranks(nproc, work)
+
+
+@app.command()
+def config() -> None:
+    """Print every configuration key with its default and what it means, as YAML."""
+    from vitscale.config.reference import reference_yaml
+    from vitscale.config.schema import TrainConfig
+
+    typer.echo(reference_yaml(TrainConfig), nl=False)
+
+
+def _on_ranks(nproc: int | None, work: Callable[[], None]) -> None:
+    """Be the launcher of ``nproc`` ranks, or be one rank and do the work."""
+    import os
+
+    from vitscale.ranks import STARTED_BY_US, die_with_launcher, leave_after_error, start_ranks
+    from vitscale.topology import Topology
+
+    if nproc is not None and STARTED_BY_US not in os.environ:
+        raise typer.Exit(start_ranks(nproc, sys.argv[1:]))
+    topology = Topology.from_environment()
+    die_with_launcher()
+    try:
+        work()
+    except Exception as error:
+        leave_after_error(error, rank=topology.rank, world_size=topology.world_size)
+
+
+def _echo_json(result: dict[str, object] | None) -> None:
+    """Print a result; ranks other than 0 have none."""
+    import json
+
+    if result is not None:
+        typer.echo(json.dumps(result))
+
+
+def _join_commands() -> None:
+    for point in entry_points(group=COMMAND_GROUP):
+        app.add_typer(point.load(), name=point.name)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message on stderr and an exit status, never a traceback."""
+    _join_commands()
+    try:
+        app()
+    except VitscaleError as error:
+        typer.echo(f"vitscale: error: {error}", err=True)
+        raise SystemExit(error.exit_code) from error

@@ -1,0 +1,1 @@
+"""Typed configuration: schema, YAML loading, durations and the generated reference."""

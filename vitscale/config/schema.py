@@ -1,0 +1,232 @@
+"""Every key of a training configuration. The docstring under a field is its help text and its documentation.
+
+The configuration holds what the user wrote. Derived numbers live in :class:`vitscale.plan.RunPlan`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vitscale.config.duration import Duration
+from vitscale.config.section import section
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+@section
+class DataConfig:
+    """Where the images come from and how they are cropped."""
+
+    train: Path
+    """Folder of the training shard set (holds index.json)."""
+    eval: Path | None = None
+    """Folder of the held-out shard set. Without it, nothing is evaluated during training."""
+    image_size: Positive | tuple[Positive, Positive]
+    """Input size in pixels: one side of a square, or [height, width]."""
+    crop_area: tuple[float, float] = (0.05, 1.0)
+    """Area of the random training crop as a share of the image (ViT reference input pipeline)."""
+    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+    """Width over height of the random training crop, drawn uniformly."""
+    flip: bool = True
+    """Mirror half of the training images left to right."""
+    eval_crop_share: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Evaluation resizes the short side to image_size / eval_crop_share, then crops the centre."""
+    window: Positive = 64
+    """Samples that are read together and shuffled among themselves."""
+    lanes: Positive | None = None
+    """Stretches of the epoch that are read side by side; divides global_batch_size, which is the default.
+    The shuffle pool holds lanes * window samples."""
+    workers: Positive = 2
+    """Decoding threads per rank."""
+    prefetch_batches: Positive = 4
+    """Micro-batches that are prepared ahead of the model."""
+    max_bad_samples: NonNegative = 1000
+    """Unreadable samples after which the run stops."""
+    max_bad_share: Share = 0.001
+    """Share of unreadable samples, of the larger of one epoch and the examples seen, after which the run stops."""
+    max_image_pixels: Positive = 100_000_000
+    """Larger images are refused before they are decoded (decompression bombs)."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_area must be 0 < low <= high <= 1, got [{low:g}, {high:g}]")
+        low, high = self.crop_aspect
+        if not 0 < low <= high:
+            raise ValueError(f"crop_aspect must be 0 < low <= high, got [{low:g}, {high:g}]")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+
+@section
+class ModelConfig:
+    """The Vision Transformer (ViT paper, arXiv 2010.11929, table 1 and section 3.1)."""
+
+    variant: str = "ViT-B/16"
+    """Size and patch side in pixels, as in the papers: ViT-Ti/16, ViT-B/32, ViT-H/14, ViT-22B/14 ..."""
+    num_classes: Positive
+    """Outputs of the head."""
+    depth: Positive | None = None
+    """Number of blocks, instead of the variant's."""
+    embed_dim: Positive | None = None
+    """Width of a token, instead of the variant's."""
+    num_heads: Positive | None = None
+    """Attention heads, instead of the variant's."""
+    mlp_dim: Positive | None = None
+    """Hidden width of the MLP, instead of the variant's."""
+    pool: Literal["token", "gap"] = "token"
+    """What the head reads: the class token, or the mean over all patches (no class token then)."""
+    representation_layer: bool = True
+    """One tanh hidden layer before the head, as in pre-training (ViT paper, section 3.1). False for fine-tuning."""
+    head_bias: float = 0.0
+    """Initial bias of the head: -10 for a sigmoid loss on thousands of classes, -6.9 on ImageNet-1k."""
+    dropout: Rate = 0.0
+    """Rate after every dense layer except qkv, and after adding the position embedding (ViT paper, appendix B.1)."""
+    stochastic_depth: Rate = 0.0
+    """Chance to drop the last block; it grows linearly from 0 at the first (AugReg, arXiv 2106.10270)."""
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """GELU: tanh approximation as in the JAX reference, or exact erf as in timm and Hugging Face."""
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Epsilon of every LayerNorm: 1e-6 in the JAX reference and timm, 1e-12 in Hugging Face."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    attention: Literal["auto", "sdpa", "reference"] = "auto"
+    """Attention backend: torch's fused kernels, plain arithmetic, or the better of what is there."""
+
+
+@section
+class OptimConfig:
+    """AdamW. Weight decay is torch's: multiplied by the learning rate, applied to kernels only."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate, reached at the end of the warm-up."""
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Term that keeps the denominator away from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decay of kernels; biases, LayerNorms, position embedding and class token are never decayed."""
+    head_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Decay of the head's kernel instead of weight_decay (3.0 in Scaling ViT, arXiv 2106.04560)."""
+    grad_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Global gradient norm to clip to."""
+
+
+@section
+class ScheduleConfig:
+    """Learning rate over the run (ViT paper, table 3)."""
+
+    decay: Literal["cosine", "linear"] = "cosine"
+    """Shape after the warm-up."""
+    warmup: Duration = Duration(steps=10_000)
+    """Length of the linear warm-up from 0."""
+    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end; the reference's linear decay ends at 1e-5."""
+
+
+@section
+class LossConfig:
+    """Training objective."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: one label per image. sigmoid: any number of labels, summed over classes (JFT, ImageNet-21k)."""
+    label_smoothing: Rate = 0.0
+    """Share of the target that is spread over all classes (softmax only)."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "sigmoid" and self.label_smoothing:
+            raise ValueError(f"label_smoothing is for the softmax loss, got {self.label_smoothing:g} with sigmoid")
+
+
+@section
+class EngineConfig:
+    """DeepSpeed: how the state is partitioned and in which precision the model runs."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """What ZeRO partitions over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Parameters and activations; master weights, moments and accumulated gradients are fp32 in both."""
+    timeout_s: Positive = 600
+    """Seconds after which a collective operation that a rank does not join is an error."""
+    max_skipped_steps: Positive = 3
+    """Updates in a row that may be skipped because gradients are not finite, before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage == 0:
+            raise ValueError(
+                "zero_stage 0 is refused: DeepSpeed's stage 0 has no guard against non-finite gradients, reports "
+                "no gradient norm in fp32 and accumulates bf16 gradients in bf16; stage 1 costs nothing more, "
+                "also on one rank: use 1, 2 or 3"
+            )
+
+
+@section
+class CheckpointConfig:
+    """When checkpoints are committed and how many are kept."""
+
+    every: Duration = Duration(steps=1000)
+    """Distance between two checkpoints. The last step is always committed."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """Newest checkpoints that are kept; at least two, so that a damaged one has a predecessor."""
+
+
+@section
+class EvaluationConfig:
+    """Top-1 and top-5 on data.eval during training."""
+
+    every: Duration | None = None
+    """Distance between two evaluations; null evaluates after the last step only."""
+
+
+@section
+class LogConfig:
+    """What is recorded while training."""
+
+    every: Duration = Duration(steps=10)
+    """Distance between two records of metrics.jsonl."""
+
+
+@section
+class TrainConfig:
+    """One pre-training or fine-tuning run."""
+
+    run: Path
+    """Run folder: configuration, metrics and checkpoints. The same command continues what lies there."""
+    seed: NonNegative = 0
+    """Seed of initialisation, data order, augmentation and dropout."""
+    duration: Duration
+    """Length of the run."""
+    global_batch_size: Positive
+    """Images per optimizer step over all ranks. Constant over the run, whatever the number of ranks."""
+    micro_batch_size: Positive
+    """Images per forward pass on one rank; the gradient accumulation follows from it."""
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        if self.duration.percent is not None:
+            raise ValueError("duration: percent is a share of the whole run, so give steps, epochs or examples")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
+            )
+        lanes = self.data.lanes
+        if lanes is not None and self.global_batch_size % lanes:
+            raise ValueError(f"data.lanes ({lanes}) must divide global_batch_size ({self.global_batch_size})")

@@ -1,0 +1,227 @@
+"""What a shard set holds: ``index.json`` (a wids shard index with extra keys) and one DALI ``.idx`` per tar.
+
+The format is specified in shards/README.md. Only the standard library is used here, so that login nodes and
+data-preparation nodes can read a shard set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from vitscale.errors import DataError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+IDX_VERSION = "v1.2"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar file of a shard set."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    sha256: str | None = None
+
+    @property
+    def idx_name(self) -> str:
+        """File name of the member index beside the tar."""
+        return self.name.removesuffix(".tar") + ".idx"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A shard set: its tars in order, its classes, and where it came from."""
+
+    folder: Path
+    shards: tuple[ShardInfo, ...]
+    classes: tuple[str, ...] | None = None
+    multi_label: bool = False
+    split: str = "train"
+    source: str = ""
+
+    @property
+    def num_samples(self) -> int:
+        """Images in the set."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tars."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content: equal digests mean equal samples in equal places."""
+        rows = [[s.name, s.num_samples, s.num_bytes, s.sha256] for s in self.shards]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``index.json``."""
+        return {
+            "__kind__": "wids-shard-index-v1",
+            "wids_version": 1,
+            "name": self.split,
+            "shardlist": [
+                {"url": s.name, "nsamples": s.num_samples, "filesize": s.num_bytes, "sha256": s.sha256}
+                for s in self.shards
+            ],
+            "vitscale": {
+                "format_version": FORMAT_VERSION,
+                "split": self.split,
+                "num_samples": self.num_samples,
+                "classes": None if self.classes is None else list(self.classes),
+                "multi_label": self.multi_label,
+                "source": self.source,
+            },
+        }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``folder/index.json``.
+
+    Raises:
+        DataError: the folder or its index is missing, empty or not of this format.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such shard set; a folder with {INDEX_NAME} and *.tar files is needed: "
+            f"write one with 'vitscale shards write SOURCE OUT'"
+        )
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{INDEX_NAME}"))
+        hint = f"did you mean {folder / inside[0]}?" if inside else "write one with 'vitscale shards write SOURCE OUT'"
+        raise DataError(f"{folder}: holds no {INDEX_NAME}, so it is not a shard set; {hint}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        shards = tuple(_shard_info(path, entry) for entry in raw["shardlist"])
+        extra = raw.get("vitscale", {})
+        version = extra.get("format_version", FORMAT_VERSION)
+        classes = extra.get("classes")
+        manifest = Manifest(
+            folder=folder,
+            shards=shards,
+            classes=None if classes is None else tuple(str(name) for name in classes),
+            multi_label=bool(extra.get("multi_label", False)),
+            split=str(extra.get("split", "")),
+            source=str(extra.get("source", "")),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a shard index ({error!r}); write the shard set again") from error
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format version {version}; this vitscale reads version {FORMAT_VERSION}")
+    if not manifest.num_samples:
+        raise DataError(f"{path}: the shard set is empty; at least one sample is needed")
+    return manifest
+
+
+def _shard_info(path: Path, entry: dict[str, Any]) -> ShardInfo:
+    name = str(entry["url"])
+    if Path(name).name != name or not name.endswith(".tar"):
+        raise DataError(f"{path}: shard url {name!r}; a plain file name ending in .tar beside the index is allowed")
+    sha256 = entry.get("sha256")
+    shard = ShardInfo(name, int(entry["nsamples"]), int(entry["filesize"]), None if sha256 is None else str(sha256))
+    if shard.num_samples < 1:
+        raise DataError(f"{path}: shard {name} says {shard.num_samples} samples; an empty shard is not allowed")
+    return shard
+
+
+def check_files(manifest: Manifest) -> None:
+    """Compare the size of every tar with the index and look for every ``.idx``.
+
+    Raises:
+        DataError: names the first files that are missing or of another size, and how many there are.
+    """
+    faults = []
+    for shard in manifest.shards:
+        path = manifest.folder / shard.name
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            faults.append(f"{shard.name} is missing")
+            continue
+        if size != shard.num_bytes:
+            faults.append(f"{shard.name} has {size} bytes where the index says {shard.num_bytes}")
+        if not (manifest.folder / shard.idx_name).is_file():
+            faults.append(f"{shard.idx_name} is missing")
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise DataError(
+            f"{manifest.folder}: {'; '.join(faults[:3])}{more}; the index and the tars must come from one writing: "
+            f"copy the set again or write it anew with 'vitscale shards write'"
+        )
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file inside a tar: its extension, where its bytes start, how many there are, and its full name."""
+
+    extension: str
+    offset: int
+    size: int
+    name: str
+
+
+def format_idx(samples: list[list[Member]]) -> str:
+    """Text of an ``.idx`` file in NVIDIA DALI's format v1.2: a line per sample, four words per member."""
+    lines = [f"{IDX_VERSION} {len(samples)}"]
+    lines += [" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members) for members in samples]
+    return "\n".join(lines) + "\n"
+
+
+class MemberIndex(Sequence[tuple[Member, ...]]):
+    """Members of every sample of one tar, in file order. Lines are parsed when asked for: an index of a
+    large shard is opened for a few windows of it."""
+
+    def __init__(self, path: Path, lines: list[str]) -> None:
+        self._path = path
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, item: int) -> tuple[Member, ...]: ...
+
+    @overload
+    def __getitem__(self, item: slice) -> list[tuple[Member, ...]]: ...
+
+    def __getitem__(self, item: int | slice) -> tuple[Member, ...] | list[tuple[Member, ...]]:
+        if isinstance(item, slice):
+            return [self._parse(line) for line in self._lines[item]]
+        return self._parse(self._lines[item])
+
+    def _parse(self, line: str) -> tuple[Member, ...]:
+        words = line.split(" ")
+        try:
+            groups = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
+            return tuple(Member(ext, int(offset), int(size), name) for ext, offset, size, name in groups)
+        except ValueError as error:
+            raise DataError(f"{self._path}: not a DALI member index ({line[:80]!r}); index the shard again") from error
+
+
+def read_idx(path: Path) -> MemberIndex:
+    """Open an ``.idx`` file.
+
+    Raises:
+        DataError: the file is missing or not of the format.
+    """
+    try:
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        version, count = header.split()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing; write the shard set again") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not a DALI member index ({error}); index the shard again") from error
+    if header != f"{IDX_VERSION} {len(lines)}":
+        raise DataError(
+            f"{path}: says {version} {count} but '{IDX_VERSION} {len(lines)}' is right; index the shard again"
+        )
+    return MemberIndex(path, lines)

@@ -1,0 +1,130 @@
+"""The ranks of a run as one object. The only file that calls torch.distributed.
+
+A single process is one rank and runs the same code. Control messages (stop flags, counts, agreements) travel over
+gloo in host memory, so that they never wait for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import distributed
+from torch._C._distributed_c10d import HashStore
+
+from vitscale.errors import VitscaleError
+from vitscale.topology import Topology
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """Connected ranks. Every method is collective: all ranks call it, in the same order."""
+
+    def __init__(self, topology: Topology, device: torch.device, control: distributed.ProcessGroup | None) -> None:
+        self.topology = topology
+        self.device = device
+        self._control = control
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.topology.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.topology.is_main
+
+    def sum_ints(self, values: Sequence[int]) -> list[int]:
+        """Elementwise sum over ranks (64-bit, wrapping)."""
+        packed = torch.tensor(values, dtype=torch.int64)
+        distributed.all_reduce(packed, group=self._control)
+        return [int(value) for value in packed]
+
+    def gather_floats(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's values, by rank."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
+        distributed.all_gather(gathered, mine, group=self._control)
+        return [row.tolist() for row in gathered]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's picklable value, by rank."""
+        gathered: list[T | None] = [None] * self.world_size
+        distributed.all_gather_object(gathered, value, group=self._control)
+        return gathered  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum_ints([0])
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on rank 0 and give its result, or its VitscaleError, to every rank."""
+        outcome: list[T | VitscaleError | None] = [None]
+        if self.is_main:
+            try:
+                outcome = [function()]
+            except VitscaleError as error:
+                outcome = [error]
+        distributed.broadcast_object_list(outcome, src=0, group=self._control)
+        return _unwrap(outcome[0])
+
+    def on_all(self, function: Callable[[], T]) -> list[T]:
+        """Run ``function`` on every rank and give all results, by rank, to every rank.
+
+        A VitscaleError on any rank is raised on all.
+        """
+        mine: T | VitscaleError
+        try:
+            mine = function()
+        except VitscaleError as error:
+            mine = error
+        outcomes = self.gather(mine)
+        failed = next((outcome for outcome in outcomes if isinstance(outcome, VitscaleError)), None)
+        return outcomes if failed is None else _unwrap(failed)  # type: ignore[return-value]
+
+
+def _unwrap(outcome: T | VitscaleError | None) -> T:
+    if isinstance(outcome, VitscaleError):
+        outcome.agreed = True
+        raise outcome
+    return outcome  # type: ignore[return-value]
+
+
+@contextmanager
+def connect(topology: Topology, *, timeout_s: int) -> Iterator[Ranks]:
+    """Connect the ranks for the length of a ``with`` block.
+
+    After an error no collective is called: the other ranks may be gone, and waiting for them would hide the cause.
+    """
+    device = _device(topology)
+    timeout = timedelta(seconds=timeout_s)
+    alone = topology.world_size == 1
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=HashStore() if alone else None,
+        init_method=None if alone else f"tcp://{topology.master_addr}:{topology.master_port}",
+        rank=topology.rank,
+        world_size=topology.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    control = distributed.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
+    ranks = Ranks(topology, device, control)
+    yield ranks
+    # Leaving without this aborts some runs at interpreter exit, and a finished job would look failed.
+    ranks.barrier()
+    distributed.destroy_process_group()
+
+
+def _device(topology: Topology) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A launcher that shows each task one GPU makes it device 0, whatever the local rank.
+    device = torch.device("cuda", topology.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

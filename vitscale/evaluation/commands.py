@@ -1,0 +1,148 @@
+"""Evaluate a checkpoint of a run: what ``vitscale evaluate`` and ``vitscale fewshot`` do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitscale.checkpoint.fragments import read_parameters
+from vitscale.checkpoint.store import Checkpoint, open_checkpoint
+from vitscale.config.loader import load_config
+from vitscale.config.schema import TrainConfig
+from vitscale.data.loader import value_range
+from vitscale.data.manifest import Manifest, read_manifest
+from vitscale.distributed import Ranks, connect
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches, open_evaluation_set
+from vitscale.evaluation.features import Features, extract_features
+from vitscale.evaluation.fewshot import fewshot_accuracy
+from vitscale.models.vit import VisionTransformer, build_vit
+from vitscale.topology import Topology
+
+
+def evaluate_run(
+    run: Path, data: Path | None, *, step: int | None, batch_size: int, topology: Topology
+) -> dict[str, object] | None:
+    """Accuracy of a checkpoint. Returns the result on rank 0, ``None`` elsewhere.
+
+    Raises:
+        VitscaleError: the run, its checkpoint or the shard set cannot be used.
+    """
+    config = read_run_config(run)
+    with connect(topology, timeout_s=config.engine.timeout_s) as ranks:
+        checkpoint, manifest = ranks.on_main(lambda: (_open(run, step), _evaluation_set(config, data)))
+        model = load_model(config, checkpoint, ranks)
+        accuracy = evaluate_accuracy(
+            _in_value_range(model, ranks),
+            evaluation_batches(
+                manifest,
+                config.data,
+                num_classes=config.model.num_classes,
+                batch_size=batch_size,
+                ranks=ranks,
+            ),
+            num_classes=config.model.num_classes,
+            ranks=ranks,
+        )
+    assert accuracy is not None
+    result: dict[str, object] = {"step": checkpoint.step, "data": str(manifest.folder), **accuracy.to_json()}
+    return result if topology.is_main else None
+
+
+def fewshot_run(
+    run: Path,
+    train_data: Path,
+    test_data: Path,
+    *,
+    shots: list[int],
+    seeds: int,
+    ridge: float,
+    step: int | None,
+    batch_size: int,
+    topology: Topology,
+) -> dict[str, object] | None:
+    """Few-shot accuracy of a checkpoint. Returns the result on rank 0, ``None`` elsewhere.
+
+    Raises:
+        VitscaleError: the run, its checkpoint or a shard set cannot be used, or a class has too few images.
+    """
+    config = read_run_config(run)
+    with connect(topology, timeout_s=config.engine.timeout_s) as ranks:
+        checkpoint, train_set, test_set = ranks.on_main(
+            lambda: (_open(run, step), _labelled_set(train_data), _labelled_set(test_data))
+        )
+        model = load_model(config, checkpoint, ranks)
+
+        def features(manifest: Manifest) -> Features:
+            batches = evaluation_batches(manifest, config.data, num_classes=None, batch_size=batch_size, ranks=ranks)
+            return extract_features(_in_value_range(model.representation, ranks), batches, ranks=ranks)
+
+        train_features, test_features = features(train_set), features(test_set)
+        scores = ranks.on_main(
+            lambda: fewshot_accuracy(train_features, test_features, shots=shots, seeds=seeds, ridge=ridge)
+        )
+    result: dict[str, object] = {
+        "step": checkpoint.step,
+        "train": str(train_data),
+        "test": str(test_data),
+        "ridge": ridge,
+        "seeds": seeds,
+        **{f"{count}-shot": accuracy for count, accuracy in scores.items()},
+    }
+    return result if topology.is_main else None
+
+
+def parse_shots(text: str) -> list[int]:
+    """``"1,5,10"`` to ``[1, 5, 10]``.
+
+    Raises:
+        ConfigError: not a list of positive whole numbers.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError(f"--shots is {text!r}; positive whole numbers separated by commas are needed, as in 1,5,10")
+    return [int(word) for word in words]
+
+
+def read_run_config(run: Path) -> TrainConfig:
+    """The configuration that a run was trained with.
+
+    Raises:
+        CheckpointError: the folder is not a run.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{run}: not a run folder (no config.yaml); give the folder that 'vitscale train' filled")
+    return load_config(path)
+
+
+def load_model(config: TrainConfig, checkpoint: Checkpoint, ranks: Ranks) -> VisionTransformer:
+    """The model of a checkpoint in fp32 on this rank's device, in evaluation mode."""
+    with torch.device("meta"):
+        model = build_vit(config.model, config.data.image_hw)
+    state = read_parameters(checkpoint.files, checkpoint.content["parameters"])
+    model.load_state_dict(state, assign=True)
+    return model.to(ranks.device).eval()
+
+
+def _in_value_range(function: Callable[[Tensor], Tensor], ranks: Ranks) -> Callable[[Tensor], Tensor]:
+    return lambda images: function(value_range(images.to(ranks.device)))
+
+
+def _open(run: Path, step: int | None) -> Checkpoint:
+    return open_checkpoint(run / "checkpoints", step)
+
+
+def _evaluation_set(config: TrainConfig, data: Path | None) -> Manifest:
+    folder = data or config.data.eval
+    if folder is None:
+        raise ConfigError("the run has no data.eval; name a shard set with --data")
+    return open_evaluation_set(read_manifest(folder), config.model.num_classes)
+
+
+def _labelled_set(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    return open_evaluation_set(manifest, len(manifest.classes) if manifest.classes else 1 << 62)

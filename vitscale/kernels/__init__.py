@@ -1,0 +1,1 @@
+"""Compute kernels: one function each, several backends, one of them plain arithmetic."""

@@ -1,0 +1,1 @@
+"""Vision Transformers: shapes (without torch), layers, the model, its initial weights."""

@@ -1,0 +1,202 @@
+"""What a run reports: metrics.jsonl, quarantine.jsonl, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vitscale.checkpoint.state import TrainState
+from vitscale.config.duration import is_due
+from vitscale.config.schema import TrainConfig
+from vitscale.data.loader import Quarantined
+from vitscale.distributed import Ranks
+from vitscale.plan import RunPlan
+from vitscale.train.engine import StepResult
+from vitscale.train.hardware import peak_flops
+from vitscale.train.run_folder import StepRecords
+
+
+class MetricLog:
+    """Records and shows a run. Rank 0 writes; :meth:`step` is collective at the steps that are recorded."""
+
+    def __init__(self, config: TrainConfig, plan: RunPlan, ranks: Ranks, state: TrainState, attempt: int) -> None:
+        self._plan, self._ranks, self._attempt = plan, ranks, attempt
+        self._started_at = state.step
+        self._peak_flops = peak_flops(ranks.device)
+        self._window_start, self._window_examples, self._waited_s = (
+            time.perf_counter(),
+            state.examples_seen,
+            0.0,
+        )
+        self._metrics = self._quarantine = None
+        self._screen: Screen | None = None
+        if ranks.is_main:
+            self._metrics = StepRecords(config.run / "metrics.jsonl", restored_step=state.step)
+            self._quarantine = StepRecords(config.run / "quarantine.jsonl", restored_step=state.step)
+            self._screen = Screen(plan.total_steps)
+
+    def __enter__(self) -> MetricLog:
+        if self._screen:
+            self._screen.start(self._started_at)
+        self._window_start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for part in (self._metrics, self._quarantine, self._screen):
+            if part:
+                part.close()
+
+    def start(self, *, resumed: bool) -> None:
+        """Say what is about to happen."""
+        for name, value in self._plan.describe():
+            self.say(f"{name:<12} {value}")
+        if resumed:
+            self.say(f"attempt {self._attempt}: continuing from the checkpoint of step {self._started_at}")
+        else:
+            self.say(f"attempt {self._attempt}: starting from scratch")
+
+    def say(self, text: str) -> None:
+        """Show a line on rank 0."""
+        if self._screen:
+            self._screen.line(text)
+
+    def was_evaluated(self, step: int) -> bool:
+        """Whether an earlier attempt recorded an evaluation after ``step``. The same answer on every rank."""
+        return self._ranks.on_main(
+            lambda: any(r["step"] == step and "eval_top1" in r for r in self._metrics.records)  # type: ignore[union-attr]
+        )
+
+    def quarantine(self, step: int, faults: list[Quarantined]) -> None:
+        """Record the bad samples of a step from all ranks. Collective; called only when there are any."""
+        everyone = [fault for of_rank in self._ranks.gather(faults) for fault in of_rank]
+        if self._quarantine:
+            for fault in sorted(everyone, key=lambda f: f.position):
+                self._quarantine.append(
+                    {
+                        "step": step,
+                        "position": fault.position,
+                        "shard": fault.shard,
+                        "key": fault.key,
+                        "reason": fault.reason,
+                        "substitute": fault.substitute,
+                        "attempt": self._attempt,
+                    }
+                )
+
+    def step(self, state: TrainState, result: StepResult, *, lr: float, digest: int) -> None:
+        """Note a finished step; record it when it is due."""
+        self._waited_s += result.data_wait_s
+        if self._screen:
+            self._screen.advance(state.step)
+        if not (is_due(state.step, self._plan.log_every) or state.step in (1, self._plan.total_steps)):
+            return
+        seconds = max(time.perf_counter() - self._window_start, 1e-9)
+        rows = self._ranks.gather_floats([float(result.loss), self._waited_s / seconds])
+        losses, waits = [row[0] for row in rows], [row[1] for row in rows]
+        rate = (state.examples_seen - self._window_examples) / seconds
+        record = {
+            "step": state.step,
+            "examples_seen": state.examples_seen,
+            "epoch": round(state.examples_seen / self._plan.num_samples, 4),
+            "loss": sum(losses) / len(losses),
+            "loss_max": max(losses),
+            "grad_norm": result.grad_norm,
+            "applied": result.applied,
+            "lr": lr,
+            "batch_digest": f"{digest:016x}",
+            "images_per_s": round(rate, 2),
+            "data_wait_share": round(max(waits), 4),
+            "mfu": self._mfu(rate),
+            "quarantined": state.quarantined,
+            "attempt": self._attempt,
+            "unix_s": round(time.time(), 3),
+        }
+        self._restart_window(state)
+        if self._metrics and self._screen:
+            self._metrics.append(record)
+            self._screen.step(record)
+
+    def evaluation(self, state: TrainState, results: dict[str, float | int], seconds: float) -> None:
+        """Record an evaluation after ``state.step``."""
+        if self._metrics:
+            shown = {f"eval_{name}": value for name, value in results.items()}
+            self._metrics.append({"step": state.step, **shown, "attempt": self._attempt, "seconds": round(seconds, 2)})
+        top1, top5, images = results["top1"], results["top5"], results["images"]
+        self.say(f"step {state.step}: held-out top-1 {top1:.4f}, top-5 {top5:.4f} on {images:,} images")
+        self._restart_window(state)
+
+    def _restart_window(self, state: TrainState) -> None:
+        self._window_start, self._window_examples, self._waited_s = (
+            time.perf_counter(),
+            state.examples_seen,
+            0.0,
+        )
+
+    def _mfu(self, images_per_s: float) -> float | None:
+        """Model FLOPs utilisation, recomputation not counted; ``None`` where the device's peak is not known."""
+        if self._peak_flops is None:
+            return None
+        needed = images_per_s * 3 * self._plan.forward_flops
+        return round(needed / (self._peak_flops * self._plan.world_size), 4)
+
+
+def announce(text: str) -> None:
+    """Print one line on stderr, before a run's log is open."""
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Screen:
+    """A progress bar on a terminal, plain lines in a log file. Written to stderr."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._console = Console(stderr=True)
+        self._total = total_steps
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+
+    def start(self, step: int) -> None:
+        """Show the bar at its place."""
+        if self._bar:
+            self._task = self._bar.add_task("", total=self._total, completed=step, shown="")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show a record."""
+        utilisation = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
+        shown = (
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.3f}  "
+            f"{record['images_per_s']:,.0f} images/s  data wait {record['data_wait_share']:.0%}{utilisation}"
+        )
+        if self._bar:
+            self._bar.update(self._task, shown=shown)
+        else:
+            self.line(f"step {record['step']}/{self._total}  {shown}")
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar if there is one."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,42 @@
+"""Parameter groups and the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitscale.config.schema import OptimConfig
+
+# Decayed by the reference are kernels alone (big_vision's mask '.*/kernel$'); these are matrices but no kernels.
+NEVER_DECAYED = frozenset({"pos_embed", "cls_token"})
+HEAD_KERNEL = "head.weight"
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Named groups: ``decay``, ``no_decay`` and, where its decay differs, ``head``. Every parameter is in one."""
+    decays = {"decay": config.weight_decay, "no_decay": 0.0}
+    if config.head_weight_decay is not None:
+        decays["head"] = config.head_weight_decay
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in decays}
+    for name, parameter in model.named_parameters():
+        members[_group_of(name, parameter, decays)].append(parameter)
+    return [
+        {"name": name, "params": parameters, "weight_decay": decays[name]}
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def _group_of(name: str, parameter: nn.Parameter, decays: dict[str, float]) -> str:
+    if parameter.ndim < 2 or name in NEVER_DECAYED:
+        return "no_decay"
+    return "head" if name == HEAD_KERNEL and "head" in decays else "decay"
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """torch's AdamW: decoupled decay that is multiplied by the learning rate."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
+    )

@@ -1,0 +1,141 @@
+"""The run folder: whose it is, what was tried, and which records survive a resume.
+
+Writes ``config.yaml``, ``plan.json`` and ``attempts.jsonl``. A *run* is the folder, an *attempt* is one start of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vitscale.config.loader import load_config
+from vitscale.config.reference import KeyChange, diff_configs, dump_config
+from vitscale.config.schema import TrainConfig
+from vitscale.errors import ConfigError
+from vitscale.plan import RunPlan
+
+# Keys whose change leaves the sequence of global batches and updates as it was.
+FREE_KEYS = (
+    "run",
+    "micro_batch_size",
+    "data.train",
+    "data.eval",
+    "data.eval_crop_share",
+    "data.workers",
+    "data.prefetch_batches",
+    "data.max_bad_samples",
+    "data.max_bad_share",
+    "model.activation_checkpointing",
+    "model.attention",
+    "engine",
+    "checkpoint",
+    "evaluation",
+    "log",
+)
+
+
+def open_run(config: TrainConfig, plan: RunPlan, *, say: Callable[[str], None]) -> int:
+    """Create or re-enter the run folder. Returns the number of this attempt, from 1.
+
+    Raises:
+        ConfigError: the folder cannot be written, or belongs to a run with another configuration.
+    """
+    run = config.run
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _check_config(config, say)
+        write_text(run / "config.yaml", dump_config(config))
+        write_text(run / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+        return _note_attempt(run, plan)
+    except OSError as error:
+        raise ConfigError(
+            f"run: cannot write to {run}: {error.strerror}; choose another folder with run=..."
+        ) from error
+
+
+def _check_config(config: TrainConfig, say: Callable[[str], None]) -> None:
+    path = config.run / "config.yaml"
+    if not path.exists():
+        return
+    changes = diff_configs(load_config(path), config)
+    refused = [change for change in changes if not _is_free(change)]
+    if refused:
+        listed = "\n".join(f"  {change}" for change in refused)
+        raise ConfigError(
+            f"run: {config.run} belongs to a run with another configuration:\n{listed}\n"
+            f"going on would not continue that run; take these values back, or choose another folder with run=..."
+        )
+    for change in changes:
+        say(f"changed since the last attempt: {change}")
+
+
+def _is_free(change: KeyChange) -> bool:
+    return any(change.key == key or change.key.startswith(key + ".") for key in FREE_KEYS)
+
+
+def _note_attempt(run: Path, plan: RunPlan) -> int:
+    path = run / "attempts.jsonl"
+    number = 1 + sum(1 for _ in path.open(encoding="utf-8")) if path.exists() else 1
+    record = {
+        "attempt": number,
+        "started_unix_s": int(time.time()),
+        "host": socket.gethostname(),
+        "world_size": plan.world_size,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return number
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+
+
+class StepRecords:
+    """A JSON-lines file whose records carry ``step``. Records of steps that are repeated after a resume move to
+    ``<name>.rolled_back.jsonl``, so that the file reads as one uninterrupted run."""
+
+    def __init__(self, path: Path, *, restored_step: int) -> None:
+        self._path = path
+        self.records = self._roll_back(restored_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record; it is on its way to the disk when this returns."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _roll_back(self, restored_step: int) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        records = [record for line in lines if (record := _parse(line)) is not None]
+        kept = [record for record in records if record["step"] <= restored_step]
+        undone = [record for record in records if record["step"] > restored_step]
+        if len(kept) < len(lines):
+            with self._path.with_suffix(".rolled_back.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in undone)
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A record, or ``None`` for the torn last line of a killed process."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
