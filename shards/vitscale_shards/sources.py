@@ -87,7 +87,7 @@ def image_key(path: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", raw)
     if safe == raw and len(raw) <= MAX_KEY_CHARS:
         return raw
-    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    digest = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{safe[: MAX_KEY_CHARS - 17]}_{digest}"
 
 

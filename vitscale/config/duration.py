@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from typing import Annotated
 
 from pydantic import Field
@@ -45,18 +46,23 @@ class Duration:
         if self.examples is not None:
             return self.examples // global_batch_size
         if self.epochs is not None:
-            return int(self.epochs * num_samples / global_batch_size)
+            return int(_exact(self.epochs) * num_samples / global_batch_size)
         if total_steps is None:
             raise ValueError("percent is a share of the whole run, so the whole run needs another unit")
         assert self.percent is not None
-        return int(self.percent / 100 * total_steps)
+        return int(_exact(self.percent) * total_steps / 100)
 
     def __str__(self) -> str:
         return next(
-            f"{value:g} {f.name}" for f in dataclasses.fields(self) if (value := getattr(self, f.name)) is not None
+            f"{value} {f.name}" for f in dataclasses.fields(self) if (value := getattr(self, f.name)) is not None
         )
 
 
+def _exact(value: float) -> Fraction:
+    """The number that was written: 29 percent of 100 steps is 29, not the 28 of 0.29 * 100 in floating point."""
+    return Fraction(str(value))
+
+
 def is_due(step: int, every: int | None) -> bool:
-    """Whether something that happens every ``every`` steps happens after ``step``. ``None`` or 0 is never."""
-    return bool(every) and step > 0 and step % int(every or 1) == 0
+    """Whether something that happens every ``every`` steps happens after ``step``. ``None`` is never."""
+    return every is not None and step > 0 and step % every == 0

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -400,16 +400,19 @@ def _unknown_key(cls: type, path: KeyPath) -> str:
     if path[-1] in known:
         return "not a key of the kind that is chosen here; remove it"
     near = difflib.get_close_matches(str(path[-1]), known, n=1)
-    near = near or [dotted for dotted in _dotted_keys(cls) if dotted.endswith(f".{path[-1]}")]
+    near = near or [dotted for dotted in _dotted_keys(cls, "") if dotted.endswith(f".{path[-1]}")]
     hint = f"; did you mean {' or '.join(repr(key) for key in near)}?" if near else ""
     return f"unknown key{hint} (known: {', '.join(known)})"
 
 
-def _dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
+@functools.cache
+def _dotted_keys(cls: type, prefix: str) -> list[str]:
+    keys = []
     for name, annotation in get_type_hints(cls).items():
-        yield prefix + name
+        keys.append(prefix + name)
         for section in _sections(annotation):
-            yield from _dotted_keys(section, f"{prefix}{name}.")
+            keys += _dotted_keys(section, f"{prefix}{name}.")
+    return keys
 
 
 def _sections(annotation: Any) -> list[type]:
@@ -419,6 +422,7 @@ def _sections(annotation: Any) -> list[type]:
     return [found for part in get_args(annotation) for found in _sections(part)]
 
 
+@functools.cache
 def _fields_at(cls: type, path: KeyPath) -> dict[str, dataclasses.Field[Any]]:
     """The keys of the section at ``path``; of every possible one if a union stands there."""
     sections = [cls]

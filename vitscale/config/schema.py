@@ -222,6 +222,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.duration.percent is not None:
             raise ValueError("duration: percent is a share of the whole run, so give steps, epochs or examples")
+        if self.evaluation.every is not None and self.data.eval is None:
+            raise ValueError("evaluation.every is given, but there is nothing to evaluate on; set data.eval too")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "

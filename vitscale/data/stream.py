@@ -70,7 +70,7 @@ class ShardStream:
         index = self._open_index(shard)
         members = [index[ref.sample] for ref in refs]
         start = min(m.offset for m in members[0]) - TAR_BLOCK
-        end = max(m.offset + m.size for m in members[-1])
+        end = min(max(m.offset + m.size for m in members[-1]), info.num_bytes)
         try:
             data = _read_bytes(self.manifest.folder / info.name, start, end - start)
         except OSError as error:
@@ -130,13 +130,16 @@ def _read_bytes(path: Path, start: int, length: int) -> bytes:
 def _member_bytes(member: Member, data: bytes, start: int) -> bytes:
     """Bytes of a member, after a look at its tar header: a stale index must not yield a neighbour's bytes."""
     begin = member.offset - start
-    name = member.name.encode()
-    # A USTAR header begins with the name, up to 100 bytes; longer names live elsewhere.
-    if len(name) <= 100 and data[begin - TAR_BLOCK : begin - TAR_BLOCK + len(name)] != name:
-        raise BadSampleError(f"the tar has no member {member.name} at byte {member.offset}")
-    content = data[begin : begin + member.size]
-    if len(content) != member.size:
+    header, content = data[begin - TAR_BLOCK : begin], data[begin : begin + member.size]
+    if len(header) != TAR_BLOCK or len(content) != member.size:
         raise BadSampleError(f"the tar ends within {member.name}: {len(content)} of {member.size} bytes")
+    # A header begins with the name of up to 100 bytes; longer ones, and those that are not ASCII, live elsewhere.
+    name = member.name.encode()
+    if member.name.isascii() and len(name) <= 100 and header[:100].rstrip(b"\0") != name:
+        raise BadSampleError(f"the tar has no member {member.name} at byte {member.offset}")
+    # Then, at byte 124, the size in octal digits.
+    if header[124:136].strip(b" \0").lstrip(b"0") != b"%o" % member.size:
+        raise BadSampleError(f"{member.name} has not {member.size} bytes in the tar, as the index says")
     return content
 
 

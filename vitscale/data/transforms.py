@@ -67,5 +67,6 @@ def evaluation_pixels(image: Image.Image, config: DataConfig) -> NDArray[np.uint
     scale = max(height / image.height, width / image.width) / share
     box_height, box_width = height / scale, width / scale
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
-    box = (left, top, left + box_width, top + box_height)
+    # Rounding may push a box as large as the image over its edge by the last bit.
+    box = (max(left, 0), max(top, 0), min(left + box_width, image.width), min(top + box_height, image.height))
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))

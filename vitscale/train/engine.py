@@ -28,6 +28,8 @@ DROPOUT = 0xD20
 
 def build_engine(model: nn.Module, config: TrainConfig, plan: RunPlan, ranks: Ranks) -> Any:
     """Wrap the model. Returns a ``deepspeed.DeepSpeedEngine``."""
+    # DeepSpeed insists on it, also where no launcher set it.
+    os.environ.setdefault("LOCAL_RANK", str(ranks.topology.local_rank))
     deepspeed = _import_deepspeed(ranks.device)
     model = model.to(ranks.device)
     engine, *_ = deepspeed.initialize(

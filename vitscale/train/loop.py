@@ -140,9 +140,14 @@ def train_batches(
 
 
 def evaluation_due(state: TrainState, plan: RunPlan, eval_set: Manifest | None, log: MetricLog) -> bool:
-    """After the last step always, else at the plan's cadence; once for each step, also across attempts."""
-    due = is_due(state.step, plan.evaluate_every) or state.step == plan.total_steps
-    return eval_set is not None and due and not log.was_evaluated(state.step)
+    """After the last step always, before that at the plan's cadence; once for each step, also across attempts."""
+    if eval_set is None:
+        return False
+    is_last = state.step == plan.total_steps
+    # An evaluation shortly before the last one would tell nothing new.
+    near_the_end = 4 * (plan.total_steps - state.step) < (plan.evaluate_every or 0)
+    due = is_last or (is_due(state.step, plan.evaluate_every) and not near_the_end)
+    return due and not log.was_evaluated(state.step)
 
 
 def evaluate(

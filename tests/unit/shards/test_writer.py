@@ -264,6 +264,16 @@ def test_a_spent_budget_stops_with_the_file_and_the_reason(
     assert result.manifest.num_samples == 40 - spoiled
 
 
+def test_a_bad_image_can_be_removed_when_no_shard_is_finished(source: ImageFolder, tmp_path: Path) -> None:
+    (bad,) = spoil(source, 1)
+    with pytest.raises(DataError, match="bad image 1"):
+        write_split(plan_of(source), source, tmp_path / "train")
+    (source.folder / bad).unlink()
+    result = write_split(plan_of(source), source, tmp_path / "train")
+    assert result.manifest.num_samples == 39
+    assert not (tmp_path / "train" / "failures.jsonl").exists()
+
+
 def test_failures_of_a_former_attempt_count(source: ImageFolder, tmp_path: Path) -> None:
     spoil(source, 2)
     plan = plan_of(source)

@@ -150,6 +150,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
 )
 PATHS = TEXT.map(Path)
 SHARES = st.floats(0, 1)
+RATES = st.floats(0, 1, exclude_max=True)
 POSITIVE_FLOATS = st.floats(0, exclude_min=True, allow_infinity=False)
 POSITIVE = st.integers(1, 2**63 - 1)
 LENGTHS = st.one_of(
@@ -186,7 +187,7 @@ CONFIGS = st.builds(
     optim=sections_of(
         schema.OptimConfig,
         lr=POSITIVE_FLOATS,
-        betas=st.tuples(SHARES, SHARES),
+        betas=st.tuples(RATES, RATES),
         grad_clip_norm=st.none() | POSITIVE_FLOATS,
     ),
     schedule=sections_of(schema.ScheduleConfig, warmup=DURATIONS),
