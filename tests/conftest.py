@@ -10,7 +10,7 @@ import pytest
 # Tests run several ranks on few cores; more threads per rank would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.helpers.runs import write_digits  # noqa: E402 (after the environment is set)
+from tests.helpers.runs import write_digits
 
 
 @pytest.fixture(scope="session")

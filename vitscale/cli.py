@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -149,6 +150,8 @@ def _join_commands() -> None:
 
 def main() -> None:
     """Entry point: errors that a user can mend are one message on stderr and an exit status, never a traceback."""
+    # DeepSpeed calls collectives by names that newer torch deprecates; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     _join_commands()
     try:
         app()

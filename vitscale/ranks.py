@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from types import FrameType
 from typing import NoReturn
@@ -15,9 +16,11 @@ import psutil
 
 from vitscale.errors import Interrupted, LaunchError, VitscaleError
 
-# Set for the ranks that this module starts.
-STARTED_BY_US = "VITSCALE_NPROC"
+# Set for the ranks that this module starts: the process id of their launcher.
+STARTED_BY_US = "VITSCALE_LAUNCHER"
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+# How long a rank that lost another one stays, so that the other's exit status is seen first.
+VICTIM_STAYS_S = 3.0
 
 
 def start_ranks(nproc: int, arguments: list[str]) -> int:
@@ -28,6 +31,7 @@ def start_ranks(nproc: int, arguments: list[str]) -> int:
     Raises:
         LaunchError: ``nproc`` is not a possible number of ranks here.
     """
+    forward = _Forwarding()
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -39,7 +43,7 @@ def start_ranks(nproc: int, arguments: list[str]) -> int:
     # The launcher's own account of a failure would bury the failed rank's.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    os.environ[STARTED_BY_US] = str(nproc)
+    os.environ[STARTED_BY_US] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -52,32 +56,58 @@ def start_ranks(nproc: int, arguments: list[str]) -> int:
         # The launcher would turn a stop signal into a deadline. The ranks end by themselves, after their commit.
         signals_to_handle="SIGQUIT",
     )
-    for number in FORWARDED_SIGNALS:
-        signal.signal(number, _forward_to_ranks)
     try:
         elastic_launch(config, sys.executable)("-m", "vitscale", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            sys.stderr.write(f"vitscale: rank {rank} was killed by {name}; the other ranks were stopped\n")
-            return 128 - failure.exitcode
-        return int(failure.exitcode)
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        number = signal.Signals(-failure.exitcode)
+        if number in forward.passed_on:
+            return _stopped_early(number)
+        sys.stderr.write(f"vitscale: rank {rank} was killed by {number.name}; the other ranks were stopped\n")
+        return 128 + number
     return 0
 
 
-def _forward_to_ranks(number: int, _frame: FrameType | None) -> None:
-    for child in psutil.Process().children():
-        child.send_signal(number)
+class _Forwarding:
+    """Passes stop signals on to the ranks, from its creation on."""
+
+    def __init__(self) -> None:
+        self.passed_on: set[int] = set()
+        for number in FORWARDED_SIGNALS:
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        ranks = psutil.Process().children()
+        if not ranks:
+            # The ranks that are about to be started would never hear of it.
+            os._exit(_stopped_early(signal.Signals(number)))
+        self.passed_on.add(number)
+        for rank in ranks:
+            rank.send_signal(number)
+
+
+def _stopped_early(number: signal.Signals) -> int:
+    """Tell of a stop while the ranks were starting. Returns the exit status."""
+    sys.stderr.write(f"vitscale: stopped: on {number.name}, there was nothing to save; start the same command again\n")
+    sys.stderr.flush()
+    return Interrupted.exit_code
 
 
 def die_with_launcher() -> None:
-    """Ask the kernel to kill this rank if the launcher that started it is killed (Linux only).
+    """Let this rank die with the launcher that started it, and at once when it is asked to stop while it starts.
 
-    Without it, ranks whose launcher got SIGKILL would go on writing to the run folder beside a second start.
+    Without the first, ranks whose launcher got SIGKILL would go on writing to the run folder beside a second start.
     """
-    if STARTED_BY_US in os.environ and sys.platform == "linux":
+    if STARTED_BY_US not in os.environ:
+        return
+    # Python would print a traceback. Training installs its own handlers of stop signals.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ[STARTED_BY_US]):
+            os._exit(1)
 
 
 def leave_after_error(error: BaseException, *, rank: int, world_size: int) -> NoReturn:
@@ -85,16 +115,18 @@ def leave_after_error(error: BaseException, *, rank: int, world_size: int) -> No
 
     Threads may be reading and other ranks may be gone, so the interpreter is not given the time to wait for them.
     """
+    code = 1
     if isinstance(error, VitscaleError):
-        if rank == 0 or not error.agreed:
-            sys.stderr.write(f"vitscale: {'stopped' if isinstance(error, Interrupted) else 'error'}: {error}\n")
+        stopped = isinstance(error, Interrupted)
+        if rank == 0 or not (error.agreed or stopped):
+            sys.stderr.write(f"vitscale: {'stopped' if stopped else 'error'}: {error}\n")
         code = error.exit_code
     elif world_size > 1 and _is_lost_contact(error):
-        sys.stderr.write(f"vitscale: rank {rank} lost contact with another rank, which failed first\n")
-        code = 1
+        _wait_to_be_stopped()
+        reason = str(error).partition("\n")[0]
+        sys.stderr.write(f"vitscale: rank {rank} lost contact with another rank ({reason})\n")
     else:
         sys.stderr.write(f"vitscale: rank {rank} failed\n" + "".join(traceback.format_exception(error)))
-        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -102,5 +134,17 @@ def leave_after_error(error: BaseException, *, rank: int, world_size: int) -> No
 
 def _is_lost_contact(error: BaseException) -> bool:
     """Whether a collective operation failed because of another rank."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, RuntimeError) and bool(frames) and frames[-1].filename.endswith("distributed_c10d.py")
+    if not isinstance(error, RuntimeError):
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "/gloo/" in str(error)
+
+
+def _wait_to_be_stopped() -> None:
+    """Give whoever started the ranks the time to notice the one that failed first, and to stop this one.
+
+    The first exit status is taken for the cause, and one rank's report is lost among a thousand of its victims'.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    time.sleep(VICTIM_STAYS_S)

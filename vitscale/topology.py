@@ -73,11 +73,11 @@ class Topology:
 
 def first_of_nodelist(nodelist: str) -> str:
     """First host of SLURM's compact notation, such as ``gpu[003-010,012],cpu1``."""
-    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)", nodelist)
-    if match is None:
+    # Each bracket gives way to the first of its numbers.
+    host = re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", nodelist).split(",")[0].strip()
+    if not host or "[" in host:
         raise TopologyError(f"SLURM_STEP_NODELIST {nodelist!r} names no host; set MASTER_ADDR to rank 0's host")
-    prefix, number, suffix = match.groups()
-    return prefix + (number or "") + suffix
+    return host
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:

@@ -31,7 +31,7 @@ class DataConfig:
     """Input size in pixels: one side of a square, or [height, width]."""
     crop_area: tuple[float, float] = (0.05, 1.0)
     """Area of the random training crop as a share of the image (ViT reference input pipeline)."""
-    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+    crop_aspect: tuple[float, float] = (0.75, 1.33)
     """Width over height of the random training crop, drawn uniformly."""
     flip: bool = True
     """Mirror half of the training images left to right."""

@@ -34,7 +34,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
             raise BadSampleError(f"pixels of mode {image.mode}: 32-bit pixels have no common range to convert from")
         if image.mode.startswith("I;16"):
             # convert() would clip to 255.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
     except BadSampleError:
         raise

@@ -102,40 +102,30 @@ class BatchLoader:
         """
         reader = ThreadPoolExecutor(READ_THREADS, "read")
         decoder = ThreadPoolExecutor(self._workers, "decode")
-        open_windows: dict[int, tuple[WindowId, Future[Samples]]] = {}
+        windows = _OpenWindows(lambda window: reader.submit(self._stream.read_window, window))
         pending: deque[_PendingBatch] = deque()
-
-        def samples_of(window: WindowId) -> Future[Samples]:
-            """The window's samples; a lane keeps only its newest window, older ones live while a batch needs them."""
-            known = open_windows.get(window.lane)
-            if known is None or known[0] != window:
-                known = (window, reader.submit(self._stream.read_window, window))
-                open_windows[window.lane] = known
-            return known[1]
-
         try:
             for positions in position_lists:
-                pending.append(self._start(positions, samples_of, decoder))
+                pending.append(self._start(positions, windows, decoder))
                 if len(pending) > self._prefetch:
                     yield pending.popleft().finish()
             while pending:
                 yield pending.popleft().finish()
         finally:
+            # Reads that have not begun are dropped first, so that no decoder waits for them.
+            reader.shutdown(wait=False, cancel_futures=True)
             decoder.shutdown(cancel_futures=True)
-            reader.shutdown(cancel_futures=True)
+            reader.shutdown()
 
     def _start(
-        self,
-        positions: Sequence[int | None],
-        samples_of: Callable[[WindowId], Future[Samples]],
-        decoder: ThreadPoolExecutor,
+        self, positions: Sequence[int | None], windows: _OpenWindows, decoder: ThreadPoolExecutor
     ) -> _PendingBatch:
         batch = _PendingBatch(len(positions), self._image_hw, self._pin_memory)
         tasks = []
         for slot, position in enumerate(positions):
             if position is not None:
                 place = self._stream.order.locate(position)
-                tasks.append((slot, position, place, samples_of(place.window)))
+                tasks.append((slot, position, place, windows.samples_of(place.window)))
 
         def fill(part: list[tuple[int, int, Place, Future[Samples]]]) -> None:
             for slot, position, place, samples in part:
@@ -161,9 +151,14 @@ class BatchLoader:
         elif self._stream.order.replaces_bad:
             raise DataError(
                 f"{bad[0].shard}: {len(bad)} samples in a row cannot be used, from {bad[0].key} ({bad[0].reason}) to "
-                f"{bad[-1].key} ({bad[-1].reason}); at most {MAX_SUBSTITUTES} are skipped: mend the shard set"
+                f"{bad[-1].key} ({bad[-1].reason}); at most {MAX_SUBSTITUTES} others of the same lane are tried in "
+                f"place of a bad one: mend the shard set"
             )
-        batch.bad[slot] = [Quarantined(position, f.key, f.shard, f.reason, filled.key if filled else None) for f in bad]
+        if bad:
+            # A bad substitute is recorded where it is drawn itself, so that each bad sample counts once.
+            fault = bad[0]
+            substitute = filled.key if filled else None
+            batch.bad[slot] = Quarantined(position, fault.key, fault.shard, fault.reason, substitute)
 
     def _candidates(self, place: Place, samples: Samples) -> Iterator[tuple[Place, RawSample | Fault]]:
         yield place, samples[place.offset]
@@ -186,6 +181,28 @@ class BatchLoader:
         return labels
 
 
+class _OpenWindows:
+    """The windows that a rank is walking through: of each lane the newest one. Batches keep older ones they need.
+
+    From one epoch to the next a rank's slots may move to other lanes, so all windows of the old epoch are let go.
+    """
+
+    def __init__(self, read: Callable[[WindowId], Future[Samples]]) -> None:
+        self._read = read
+        self._epoch = 0
+        self._newest: dict[int, tuple[WindowId, Future[Samples]]] = {}
+
+    def samples_of(self, window: WindowId) -> Future[Samples]:
+        """The samples of a window, read or being read."""
+        if window.epoch != self._epoch:
+            self._newest.clear()
+            self._epoch = window.epoch
+        known = self._newest.get(window.lane)
+        if known is None or known[0] != window:
+            known = self._newest[window.lane] = (window, self._read(window))
+        return known[1]
+
+
 class _PendingBatch:
     """A batch whose slots are being filled by threads."""
 
@@ -194,7 +211,7 @@ class _PendingBatch:
         self._pixels = self.images.numpy()
         self.samples: list[RawSample | None] = [None] * size
         self.labels: list[tuple[int, ...]] = [()] * size
-        self.bad: list[list[Quarantined]] = [[] for _ in range(size)]
+        self.bad: list[Quarantined | None] = [None] * size
         self.digests = [0] * size
         self.work: list[Future[None]] = []
 
@@ -214,7 +231,7 @@ class _PendingBatch:
             mask=torch.tensor([sample is not None for sample in self.samples]),
             keys=[sample.key if sample else "" for sample in self.samples],
             sample_ids=[sample.sample_id if sample else -1 for sample in self.samples],
-            quarantined=[fault for faults in self.bad for fault in faults],
+            quarantined=[fault for fault in self.bad if fault is not None],
             digest=sum(self.digests),
         )
 

@@ -101,9 +101,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{folder}: holds no {INDEX_NAME}, so it is not a shard set; {hint}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        shards = tuple(_shard_info(path, entry) for entry in raw["shardlist"])
         extra = raw.get("vitscale", {})
         version = extra.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: format version {version}; this vitscale reads version {FORMAT_VERSION}: use the vitscale "
+                f"that wrote it, or write the shard set again"
+            )
+        shards = tuple(_shard_info(path, entry) for entry in raw["shardlist"])
         classes = extra.get("classes")
         manifest = Manifest(
             folder=folder,
@@ -113,10 +118,10 @@ def read_manifest(folder: Path) -> Manifest:
             split=str(extra.get("split", "")),
             source=str(extra.get("source", "")),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a shard index ({error!r}); write the shard set again") from error
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format version {version}; this vitscale reads version {FORMAT_VERSION}")
     if not manifest.num_samples:
         raise DataError(f"{path}: the shard set is empty; at least one sample is needed")
     return manifest
@@ -218,6 +223,8 @@ def read_idx(path: Path) -> MemberIndex:
         version, count = header.split()
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; write the shard set again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file system") from error
     except ValueError as error:
         raise DataError(f"{path}: not a DALI member index ({error}); index the shard again") from error
     if header != f"{IDX_VERSION} {len(lines)}":

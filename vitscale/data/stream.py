@@ -138,7 +138,7 @@ def _member_bytes(member: Member, data: bytes, start: int) -> bytes:
     if member.name.isascii() and len(name) <= 100 and header[:100].rstrip(b"\0") != name:
         raise BadSampleError(f"the tar has no member {member.name} at byte {member.offset}")
     # Then, at byte 124, the size in octal digits.
-    if header[124:136].strip(b" \0").lstrip(b"0") != b"%o" % member.size:
+    if header[124:136].strip(b" \0").lstrip(b"0") != (b"%o" % member.size).lstrip(b"0"):
         raise BadSampleError(f"{member.name} has not {member.size} bytes in the tar, as the index says")
     return content
 
@@ -149,10 +149,12 @@ def _labels(parts: dict[str, bytes]) -> tuple[int, ...]:
         if "cls" in parts:
             labels: tuple[int, ...] = (int(parts["cls"]),)
         elif "json" in parts:
-            labels = tuple(int(label) for label in json.loads(parts["json"])["labels"])
+            labels = tuple(json.loads(parts["json"])["labels"])
+            if any(type(label) is not int for label in labels):
+                raise ValueError(f"whole numbers are needed, found {list(labels)}")
         else:
             raise BadSampleError(f"no label: a cls or json member is needed, found {', '.join(parts)}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadSampleError(f"unreadable label: {error!r}") from error
     if any(label < 0 for label in labels):
         raise BadSampleError(f"negative label among {list(labels)}")

@@ -57,12 +57,17 @@ def draw_shots(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.i
 
 
 def ridge_weights(features: NDArray[np.float64], targets: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
-    """Weights [d, K] that minimise ``|XW - Y|^2 + ridge |W|^2``, by one eigendecomposition of the smaller Gram matrix."""
+    """Weights [d, K] that minimise ``|XW - Y|^2 + ridge |W|^2``.
+
+    By one eigendecomposition of the smaller Gram matrix, of X'X or of XX'.
+    """
     n, d = features.shape
     gram = features.T @ features if n >= d else features @ features.T
     eigenvalues, vectors = np.linalg.eigh(gram)
-    # The pseudo-inverse where ridge is 0: directions without data get no weight.
-    inverse = np.where(eigenvalues + ridge > 1e-10 * eigenvalues[-1], 1 / (eigenvalues + ridge), 0.0)
+    # The pseudo-inverse where ridge is 0: directions without data get no weight. Below this floor is rounding only.
+    floor = eigenvalues[-1] * max(n, d) * np.finfo(np.float64).eps
+    damped = eigenvalues + ridge
+    inverse = np.divide(1.0, damped, out=np.zeros_like(damped), where=damped > floor)
     solved = (vectors * inverse) @ (vectors.T @ (features.T @ targets if n >= d else targets))
     return solved if n >= d else features.T @ solved
 

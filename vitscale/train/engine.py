@@ -28,8 +28,9 @@ DROPOUT = 0xD20
 
 def build_engine(model: nn.Module, config: TrainConfig, plan: RunPlan, ranks: Ranks) -> Any:
     """Wrap the model. Returns a ``deepspeed.DeepSpeedEngine``."""
-    # DeepSpeed insists on it, also where no launcher set it.
-    os.environ.setdefault("LOCAL_RANK", str(ranks.topology.local_rank))
+    # DeepSpeed takes its device from here, and a launcher that shows each task one GPU sets another number.
+    index = ranks.device.index
+    os.environ["LOCAL_RANK"] = str(ranks.topology.local_rank if index is None else index)
     deepspeed = _import_deepspeed(ranks.device)
     model = model.to(ranks.device)
     engine, *_ = deepspeed.initialize(
@@ -96,8 +97,10 @@ def train_step(engine: Any, batches: Iterator[Batch], config: TrainConfig, step:
         quarantined += batch.quarantined
         # Dropout is reseeded from the micro-batch's place in the run, so no random state needs saving.
         torch.manual_seed(hash64(config.seed, DROPOUT, step, micro_step * engine.world_size + engine.global_rank) >> 1)
+        # Before the forward pass: after it, this copy would make the host wait until the GPU is through with it.
+        labels = batch.labels.to(engine.device, non_blocking=True)
         logits = engine(model_input(batch.images, engine))
-        loss = training_loss(logits, batch.labels.to(logits.device), config.loss)
+        loss = training_loss(logits, labels, config.loss)
         engine.backward(loss)
         losses.append(loss.detach())
         if micro_step == accumulation - 1:

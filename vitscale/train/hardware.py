@@ -6,6 +6,7 @@ import torch
 
 # Dense bf16 tensor-core FLOP/s of NVIDIA's data sheets, by a part of the device's name; the first match counts.
 _PEAK_BF16_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,

@@ -27,7 +27,8 @@ class MetricLog:
     def __init__(self, config: TrainConfig, plan: RunPlan, ranks: Ranks, state: TrainState, attempt: int) -> None:
         self._plan, self._ranks, self._attempt = plan, ranks, attempt
         self._started_at = state.step
-        self._peak_flops = peak_flops(ranks.device)
+        # The table is of bf16; fp32 runs on other units.
+        self._peak_flops = peak_flops(ranks.device) if config.engine.precision == "bf16" else None
         self._window_start, self._window_examples, self._waited_s = (
             time.perf_counter(),
             state.examples_seen,

@@ -6,6 +6,7 @@ Writes ``config.yaml``, ``plan.json`` and ``attempts.jsonl``. A *run* is the fol
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -80,7 +81,8 @@ def _is_free(change: KeyChange) -> bool:
 
 def _note_attempt(run: Path, plan: RunPlan) -> int:
     path = run / "attempts.jsonl"
-    number = 1 + sum(1 for _ in path.open(encoding="utf-8")) if path.exists() else 1
+    earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    number = len(earlier) + 1
     record = {
         "attempt": number,
         "started_unix_s": int(time.time()),
@@ -88,15 +90,17 @@ def _note_attempt(run: Path, plan: RunPlan) -> int:
         "world_size": plan.world_size,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    write_text(path, "".join(f"{line}\n" for line in [*earlier, json.dumps(record)]))
     return number
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
+    """Replace a small file in one step, also if the machine goes down meanwhile."""
     fresh = path.with_name(f".{path.name}")
-    fresh.write_text(text, encoding="utf-8")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     fresh.replace(path)
 
 
@@ -110,8 +114,8 @@ class StepRecords:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record; it is on its way to the disk when this returns."""
-        self._file.write(json.dumps(record) + "\n")
+        """Write one record; it is on its way to the disk when this returns. Numbers that are not finite become null."""
+        self._file.write(_to_line(record))
         self._file.flush()
 
     def close(self) -> None:
@@ -121,15 +125,23 @@ class StepRecords:
     def _roll_back(self, restored_step: int) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        records = [record for line in lines if (record := _parse(line)) is not None]
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        records = [record for line in text.splitlines() if (record := _parse(line)) is not None]
         kept = [record for record in records if record["step"] <= restored_step]
         undone = [record for record in records if record["step"] > restored_step]
-        if len(kept) < len(lines):
+        if undone:
             with self._path.with_suffix(".rolled_back.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in undone)
-            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+                file.writelines(map(_to_line, undone))
+        # Unequal also if only the last line break is missing, to which the next record would be glued.
+        if (clean := "".join(map(_to_line, kept))) != text:
+            write_text(self._path, clean)
         return kept
+
+
+def _to_line(record: dict[str, Any]) -> str:
+    # JSON has no word for infinity, and no reader but Python's takes the one that json.dumps would write.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -51,9 +51,7 @@ def test_every_backend_computes_the_formula(
 
 # 197 tokens and 64 per head are ViT-B/16 at 224; 17 and 5 fit no tile of a fused kernel.
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(197, 2, 64), (17, 3, 5), (1, 1, 8)])
-@pytest.mark.parametrize(
-    ("dtype", "rtol", "atol"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 2e-2)]
-)
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 2e-2)])
 def test_sdpa_agrees_with_the_fp64_reference_forward_and_backward(
     tokens: int, heads: int, width: int, dtype: torch.dtype, rtol: float, atol: float
 ) -> None:
@@ -98,9 +96,7 @@ def test_any_strides_are_taken(backend: Literal["auto", "sdpa", "reference"]) ->
     wide = packed(2, 7, 3, 2, 2 * 4).detach()
     strided = wide[..., ::2].transpose(0, 1)
     assert not strided.is_contiguous()
-    torch.testing.assert_close(
-        attention(strided, backend=backend), attention(strided.contiguous(), backend=backend)
-    )
+    torch.testing.assert_close(attention(strided, backend=backend), attention(strided.contiguous(), backend=backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -62,16 +62,12 @@ def test_queries_keys_and_values_are_xavier_uniform_each(state: dict[str, Tensor
         assert_uniform(kernel, math.sqrt(6 / (192 + 192)))
 
 
-@pytest.mark.parametrize(
-    ("name", "fans"), [("attn.proj", 192 + 192), ("mlp.fc1", 192 + 768), ("mlp.fc2", 768 + 192)]
-)
+@pytest.mark.parametrize(("name", "fans"), [("attn.proj", 192 + 192), ("mlp.fc1", 192 + 768), ("mlp.fc2", 768 + 192)])
 def test_other_kernels_of_a_block_are_xavier_uniform(name: str, fans: int, state: dict[str, Tensor]) -> None:
     assert_uniform(state[f"blocks.0.{name}.weight"], math.sqrt(6 / fans))
 
 
-@pytest.mark.parametrize(
-    ("name", "fan_in"), [("patch_embed.proj.weight", 3 * 8 * 8), ("pre_logits.fc.weight", 192)]
-)
+@pytest.mark.parametrize(("name", "fan_in"), [("patch_embed.proj.weight", 3 * 8 * 8), ("pre_logits.fc.weight", 192)])
 def test_lecun_normal_is_truncated_at_two_and_keeps_its_variance(
     name: str, fan_in: int, state: dict[str, Tensor]
 ) -> None:

@@ -293,9 +293,7 @@ def test_suggested_sizes_fit(height: int, width: int) -> None:
         assert height % 16 == width % 16 == 0
 
 
-@pytest.mark.parametrize(
-    ("heads", "fitting"), [(5, "4 or 6"), (7, "6 or 8"), (11, "8 or 12"), (300, "256 or 384")]
-)
+@pytest.mark.parametrize(("heads", "fitting"), [(5, "4 or 6"), (7, "6 or 8"), (11, "8 or 12"), (300, "256 or 384")])
 def test_heads_that_do_not_divide_the_width(heads: int, fitting: str) -> None:
     config = ModelConfig(num_classes=10, num_heads=heads)
     with pytest.raises(ConfigError) as caught:

@@ -91,11 +91,7 @@ def paper_features(
         x = torch.cat([state["cls_token"].repeat(len(x), 1, 1), x], dim=1)
     x = drop(x + state["pos_embed"])
     for index in range(config.depth or 1):
-        block = {
-            n.removeprefix(f"blocks.{index}."): v
-            for n, v in state.items()
-            if n.startswith(f"blocks.{index}.")
-        }
+        block = {n.removeprefix(f"blocks.{index}."): v for n, v in state.items() if n.startswith(f"blocks.{index}.")}
         y = normed(x, block["norm1.weight"], block["norm1.bias"], config.layer_norm_eps)
         y = heads_of(y, block["attn.qkv.weight"], block["attn.qkv.bias"], heads)
         y = drop(y @ block["attn.proj.weight"].T + block["attn.proj.bias"])
@@ -145,9 +141,7 @@ def test_gradients_are_the_papers() -> None:
     (hidden @ state["head.weight"].T + state["head.bias"]).square().sum().backward()
     model(images).square().sum().backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, state[name].grad, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(parameter.grad, state[name].grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_gelu_kinds_and_norm_eps_are_told_apart() -> None:

@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench clean
+
+help:
+	@echo "make demo       shard, train, kill, resume and evaluate a small ViT on real images (2 CPU cores, minutes)"
+	@echo "make test       checks and tests"
+	@echo "make test-slow  the tests that kill real runs for minutes"
+	@echo "make check      formatting, lint, types, architecture"
+	@echo "make bench      measure speed; writes to benchmarks/results"
+	@echo "make clean      remove .venv, caches and the demo's output"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitscale needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python docs/demo.py
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_architecture.py
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+docs/config.md: $(READY) vitscale/config/schema.py
+	printf '# Configuration\n\nEvery key, as `vitscale config` prints it. Generated: `make docs/config.md`.\n\n```yaml\n%s\n```\n' \
+	  "$$($(BIN)/vitscale config)" > $@
+
+bench: $(READY)
+	$(BIN)/python benchmarks/loader.py
+
+clean:
+	rm -rf $(VENV) demo-out dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,111 @@
+"""Shard sets of tiny images for tests, written with ``tarfile`` and :mod:`vitscale.data.manifest` alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vitscale.data.manifest import INDEX_NAME, Manifest, Member, ShardInfo, format_idx, read_idx
+
+NUM_CLASSES = 10
+Parts = dict[str, bytes]
+
+
+def image_bytes(number: int, *, hw: tuple[int, int] = (12, 12), kind: str = "png") -> bytes:
+    """Random pixels that differ for every number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (*hw, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, {"png": "PNG", "jpg": "JPEG"}[kind])
+    return buffer.getvalue()
+
+
+def parts_of(number: int) -> Parts:
+    """Members of a sample: every third image is a JPEG, the label is the number modulo the classes."""
+    kind = "jpg" if number % 3 == 0 else "png"
+    return {kind: image_bytes(number, kind=kind), "cls": str(number % NUM_CLASSES).encode()}
+
+
+def key_of(number: int) -> str:
+    """Key of the sample with this number in the set."""
+    return f"sample_{number:05d}"
+
+
+def make_shardset(
+    folder: Path,
+    shard_sizes: Sequence[int],
+    *,
+    parts: Callable[[int], Parts] = parts_of,
+    key: Callable[[int], str] = key_of,
+    classes: int | None = NUM_CLASSES,
+    multi_label: bool = False,
+) -> Manifest:
+    """Write a shard set; the sample with number n (counted through the set) has the members ``parts(n)``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, number = [], 0
+    for shard, size in enumerate(shard_sizes):
+        name = f"train-{shard:06d}.tar"
+        samples = []
+        with tarfile.open(folder / name, "w") as tar:
+            for n in range(number, number + size):
+                samples.append([_add(tar, f"{key(n)}.{extension}", data) for extension, data in parts(n).items()])
+        number += size
+        (folder / name).with_suffix(".idx").write_text(format_idx(samples))
+        shards.append(ShardInfo(name, size, (folder / name).stat().st_size))
+    names = None if classes is None else tuple(f"class {n}" for n in range(classes))
+    manifest = Manifest(folder, tuple(shards), names, multi_label)
+    (folder / INDEX_NAME).write_text(json.dumps(manifest.to_json()))
+    return manifest
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> Member:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+    extension = name.rpartition("/")[2].partition(".")[2]
+    padding = -len(data) % tarfile.BLOCKSIZE
+    return Member(extension, tar.offset - len(data) - padding, len(data), name)
+
+
+def place_of(manifest: Manifest, number: int) -> tuple[Path, int]:
+    """The tar of a sample and its place in there."""
+    for shard in manifest.shards:
+        if number < shard.num_samples:
+            return manifest.folder / shard.name, number
+        number -= shard.num_samples
+    raise IndexError(number)
+
+
+def overwrite(manifest: Manifest, number: int, extension: str, data: bytes, *, at: int = 0) -> None:
+    """Put bytes over the content of a member, in place: sizes and offsets stay as they are."""
+    path, place = place_of(manifest, number)
+    (member,) = (m for m in read_idx(path.with_suffix(".idx"))[place] if m.extension == extension)
+    assert at + len(data) <= member.size
+    descriptor = os.open(path, os.O_WRONLY)
+    os.pwrite(descriptor, data, member.offset + at)
+    os.close(descriptor)
+
+
+def spoil_image(manifest: Manifest, number: int) -> None:
+    """Make the image of a sample written by :func:`parts_of` unreadable."""
+    overwrite(manifest, number, "jpg" if number % 3 == 0 else "png", b"no image at all")
+
+
+def read_tars(manifest: Manifest) -> list[tuple[str, Parts]]:
+    """Key and members of every sample, as ``tarfile`` reads them."""
+    samples: dict[str, Parts] = {}
+    for shard in manifest.shards:
+        with tarfile.open(manifest.folder / shard.name) as tar:
+            for info in tar:
+                folder, slash, base = info.name.rpartition("/")
+                key, _, extension = base.partition(".")
+                content = tar.extractfile(info)
+                assert content is not None
+                samples.setdefault(folder + slash + key, {})[extension] = content.read()
+    return list(samples.items())

@@ -1,0 +1,74 @@
+"""What the documents say exists: links, configurations, keys, commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vitscale.cli import app
+from vitscale.config.loader import load_config
+from vitscale.config.reference import reference_yaml
+from vitscale.config.schema import TrainConfig
+from vitscale.models.shapes import resolve_shape
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(path for folder in ("", "docs", "shards", "launch") for path in (REPOSITORY / folder).glob("*.md"))
+CONFIGS = sorted(REPOSITORY.glob("configs/*/*.yaml"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", document.read_text())
+    missing = [t for t in targets if not t.startswith("http") and not (document.parent / t).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_load_and_describe_themselves(path: Path) -> None:
+    config = load_config(path)
+    resolve_shape(config.model, config.data.image_hw)
+    header = path.read_text().split("\nrun:")[0]
+    for word in ("vitscale train", path.relative_to(REPOSITORY).as_posix(), "Hardware:", "Expected:"):
+        assert word in header
+
+
+def test_config_reference_is_current() -> None:
+    text = (REPOSITORY / "docs" / "config.md").read_text()
+    assert reference_yaml(TrainConfig).rstrip("\n") in text, "run 'make docs/config.md'"
+
+
+def test_free_keys_of_a_resume_are_documented() -> None:
+    from vitscale.train.run_folder import FREE_KEYS
+
+    section = (REPOSITORY / "docs" / "checkpoints.md").read_text().split("## What may change on resume")[1]
+    for key in FREE_KEYS:
+        named = key in section or f"{key}.*" in section
+        assert named or key.startswith(("data.train", "data.eval", "data.max_bad")), key
+
+
+def test_commands_of_the_readme_exist() -> None:
+    known = {command.callback.__name__ for command in app.registered_commands} | {"shards", "launch"}
+    text = (REPOSITORY / "README.md").read_text()
+    used = {shlex.split(line)[1] for line in re.findall(r"^vitscale .*$", text, re.MULTILINE)}
+    assert used
+    assert used <= known
+
+
+def test_fidelity_table_names_existing_files() -> None:
+    rows = re.findall(
+        r"`([a-z_]+/[a-z_]+\.py)` \| `([a-z_]+/test_[a-z_]+\.py)`", (REPOSITORY / "docs" / "fidelity.md").read_text()
+    )
+    assert len(rows) > 8
+    for code, test in rows:
+        assert (REPOSITORY / "vitscale" / code).exists(), code
+        assert (REPOSITORY / "tests" / "unit" / "vitscale" / test).exists(), test
+
+
+def test_package_metadata_matches_the_constraints() -> None:
+    pinned = {re.split("==", line)[0].lower() for line in (REPOSITORY / "constraints.txt").read_text().splitlines()[1:]}
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    declared = re.findall(r'^  "([a-z-]+)[>;\[]', text, re.MULTILINE)
+    assert {name for name in declared if name != "vitscale"} <= pinned
