@@ -32,7 +32,7 @@ ALLOWED = {
     "vitscale.models": {"vitscale.errors", "vitscale.config", "vitscale.kernels"},
     "vitscale.plan": {"vitscale.errors", "vitscale.config", "vitscale.data.manifest", "vitscale.models.shapes"},
     "vitscale.distributed": {"vitscale.errors", "vitscale.topology"},
-    "vitscale.ranks": {"vitscale.errors"},
+    "vitscale.ranks": {"vitscale.errors", "vitscale.topology"},
     "vitscale.checkpoint": {"vitscale", "vitscale.errors", "vitscale.distributed"},
     "vitscale.evaluation": {
         "vitscale.errors",

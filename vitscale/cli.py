@@ -13,6 +13,7 @@ import typer
 
 from vitscale import __version__
 from vitscale.errors import VitscaleError
+from vitscale.topology import Topology
 
 COMMAND_GROUP = "vitscale.commands"
 
@@ -46,11 +47,14 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) 
 
     loaded = load_config(config, overrides or [])
 
-    def work() -> None:
-        from vitscale.topology import Topology
-        from vitscale.train.loop import train as run_training
+    def work(topology: Topology) -> None:
+        from vitscale.train.signals import StopRequest
 
-        run_training(loaded, Topology.from_environment())
+        # Before the imports that take seconds: a signal that arrives meanwhile is not to be missed.
+        with StopRequest() as stop:
+            from vitscale.train.loop import train as run_training
+
+            run_training(loaded, topology, stop)
 
     _on_ranks(nproc, work)
 
@@ -65,11 +69,10 @@ def evaluate(
 ) -> None:
     """Top-1 and top-5 accuracy of a checkpoint. Prints one line of JSON."""
 
-    def work() -> None:
+    def work(topology: Topology) -> None:
         from vitscale.evaluation.commands import evaluate_run
-        from vitscale.topology import Topology
 
-        _echo_json(evaluate_run(run, data, step=step, batch_size=batch_size, topology=Topology.from_environment()))
+        _echo_json(evaluate_run(run, data, step=step, batch_size=batch_size, topology=topology))
 
     _on_ranks(nproc, work)
 
@@ -88,9 +91,8 @@ def fewshot(
 ) -> None:
     """Few-shot linear accuracy of a checkpoint (ridge regression in closed form). Prints one line of JSON."""
 
-    def work() -> None:
+    def work(topology: Topology) -> None:
         from vitscale.evaluation.commands import fewshot_run, parse_shots
-        from vitscale.topology import Topology
 
         _echo_json(
             fewshot_run(
@@ -102,7 +104,7 @@ def fewshot(
                 ridge=ridge,
                 step=step,
                 batch_size=batch_size,
-                topology=Topology.from_environment(),
+                topology=topology,
             )
         )
 
@@ -118,21 +120,13 @@ def config() -> None:
     typer.echo(reference_yaml(TrainConfig), nl=False)
 
 
-def _on_ranks(nproc: int | None, work: Callable[[], None]) -> None:
+def _on_ranks(nproc: int | None, work: Callable[[Topology], None]) -> None:
     """Be the launcher of ``nproc`` ranks, or be one rank and do the work."""
-    import os
+    from vitscale.ranks import is_started_by_launcher, run_rank, start_ranks
 
-    from vitscale.ranks import STARTED_BY_US, die_with_launcher, leave_after_error, start_ranks
-    from vitscale.topology import Topology
-
-    if nproc is not None and STARTED_BY_US not in os.environ:
+    if nproc is not None and not is_started_by_launcher():
         raise typer.Exit(start_ranks(nproc, sys.argv[1:]))
-    topology = Topology.from_environment()
-    die_with_launcher()
-    try:
-        work()
-    except Exception as error:
-        leave_after_error(error, rank=topology.rank, world_size=topology.world_size)
+    run_rank(work)
 
 
 def _echo_json(result: dict[str, object] | None) -> None:

@@ -6,6 +6,7 @@ gloo in host memory, so that they never wait for the GPU.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
 
-from vitscale.errors import VitscaleError
+from vitscale.errors import TopologyError, VitscaleError, on_every_rank
 from vitscale.topology import Topology
 
 T = TypeVar("T")
@@ -90,8 +91,7 @@ class Ranks:
 
 def _unwrap(outcome: T | VitscaleError | None) -> T:
     if isinstance(outcome, VitscaleError):
-        outcome.agreed = True
-        raise outcome
+        raise on_every_rank(outcome)
     return outcome  # type: ignore[return-value]
 
 
@@ -100,10 +100,15 @@ def connect(topology: Topology, *, timeout_s: int) -> Iterator[Ranks]:
     """Connect the ranks for the length of a ``with`` block.
 
     After an error no collective is called: the other ranks may be gone, and waiting for them would hide the cause.
+
+    Raises:
+        TopologyError: the address of rank 0 has no meaning here.
     """
     device = _device(topology)
     timeout = timedelta(seconds=timeout_s)
     alone = topology.world_size == 1
+    if not alone:
+        _check_address(topology)
     distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=HashStore() if alone else None,
@@ -119,6 +124,17 @@ def connect(topology: Topology, *, timeout_s: int) -> Iterator[Ranks]:
     # Leaving without this aborts some runs at interpreter exit, and a finished job would look failed.
     ranks.barrier()
     distributed.destroy_process_group()
+
+
+def _check_address(topology: Topology) -> None:
+    """torch would retry an unknown name until the time-out, with a screen of stack frames for each try."""
+    try:
+        socket.getaddrinfo(topology.master_addr, topology.master_port)
+    except OSError as error:
+        raise TopologyError(
+            f"rank 0's address {topology.master_addr!r} cannot be resolved on {socket.gethostname()} "
+            f"({error.strerror or error}); set MASTER_ADDR to a name or number that every node knows"
+        ) from error
 
 
 def _device(topology: Topology) -> torch.device:

@@ -5,6 +5,8 @@ The command line prints these without a traceback. Anything else that escapes is
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 
 class VitscaleError(Exception):
     """Base of every error with a cause that the user can mend. ``exit_code`` is the process's exit status."""
@@ -47,3 +49,12 @@ class Interrupted(VitscaleError):  # noqa: N818 (a request was met, nothing went
     """
 
     exit_code = 75
+
+
+Error = TypeVar("Error", bound=VitscaleError)
+
+
+def on_every_rank(error: Error) -> Error:
+    """Mark an error that all ranks raise alike, because they decide on the same numbers."""
+    error.agreed = True
+    return error

@@ -9,12 +9,14 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 import psutil
 
 from vitscale.errors import Interrupted, LaunchError, VitscaleError
+from vitscale.topology import Topology
 
 # Set for the ranks that this module starts: the process id of their launcher.
 STARTED_BY_US = "VITSCALE_LAUNCHER"
@@ -90,17 +92,40 @@ class _Forwarding:
 
 def _stopped_early(number: signal.Signals) -> int:
     """Tell of a stop while the ranks were starting. Returns the exit status."""
-    sys.stderr.write(f"vitscale: stopped: on {number.name}, there was nothing to save; start the same command again\n")
+    sys.stderr.write(f"vitscale: stopped on {number.name}, there was nothing to save; start the same command again\n")
     sys.stderr.flush()
     return Interrupted.exit_code
 
 
-def die_with_launcher() -> None:
+def is_started_by_launcher() -> bool:
+    """Whether this process is one of the ranks of :func:`start_ranks`."""
+    return STARTED_BY_US in os.environ
+
+
+def run_rank(work: Callable[[Topology], None]) -> NoReturn:
+    """Do the work of this rank and end the process.
+
+    The interpreter is not given the time to shut down: threads may be reading, other ranks may be gone, and unloading
+    the libraries takes seconds.
+    """
+    topology = Topology.from_environment()
+    _die_with_launcher()
+    code = 0
+    try:
+        work(topology)
+    except Exception as error:
+        code = _explain(error, topology)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_with_launcher() -> None:
     """Let this rank die with the launcher that started it, and at once when it is asked to stop while it starts.
 
     Without the first, ranks whose launcher got SIGKILL would go on writing to the run folder beside a second start.
     """
-    if STARTED_BY_US not in os.environ:
+    if not is_started_by_launcher():
         return
     # Python would print a traceback. Training installs its own handlers of stop signals.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -110,29 +135,23 @@ def die_with_launcher() -> None:
             os._exit(1)
 
 
-def leave_after_error(error: BaseException, *, rank: int, world_size: int) -> NoReturn:
-    """Say what happened, once, and end this process at once.
-
-    Threads may be reading and other ranks may be gone, so the interpreter is not given the time to wait for them.
-    """
-    code = 1
+def _explain(error: Exception, topology: Topology) -> int:
+    """Say what happened, once for all ranks. Returns the exit status."""
     if isinstance(error, VitscaleError):
-        stopped = isinstance(error, Interrupted)
-        if rank == 0 or not (error.agreed or stopped):
-            sys.stderr.write(f"vitscale: {'stopped' if stopped else 'error'}: {error}\n")
-        code = error.exit_code
-    elif world_size > 1 and _is_lost_contact(error):
+        if topology.is_main or not error.agreed:
+            kind = "" if isinstance(error, Interrupted) else "error: "
+            sys.stderr.write(f"vitscale: {kind}{error}\n")
+        return error.exit_code
+    if topology.world_size > 1 and _is_lost_contact(error):
         _wait_to_be_stopped()
         reason = str(error).partition("\n")[0]
-        sys.stderr.write(f"vitscale: rank {rank} lost contact with another rank ({reason})\n")
+        sys.stderr.write(f"vitscale: rank {topology.rank} lost contact with another rank ({reason})\n")
     else:
-        sys.stderr.write(f"vitscale: rank {rank} failed\n" + "".join(traceback.format_exception(error)))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        sys.stderr.write(f"vitscale: rank {topology.rank} failed\n" + "".join(traceback.format_exception(error)))
+    return 1
 
 
-def _is_lost_contact(error: BaseException) -> bool:
+def _is_lost_contact(error: Exception) -> bool:
     """Whether a collective operation failed because of another rank."""
     if not isinstance(error, RuntimeError):
         return False

@@ -92,8 +92,7 @@ def check_target(plan: SplitPlan, folder: Path) -> bool:
 
 def _check_complete(plan: SplitPlan, folder: Path) -> None:
     manifest = read_manifest(folder)
-    index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-    if index.get("vitscale", {}).get("plan") != plan.digest:
+    if manifest.plan != plan.digest:
         raise DataError(
             f"{folder}: holds a set of other images or settings ({manifest.num_samples} samples of "
             f"{manifest.source or 'unknown'} in {len(manifest.shards)} shards); {_ADVICE.format(folder)}"
@@ -217,10 +216,8 @@ def _finish(plan: SplitPlan, folder: Path, records: list[ShardRecord]) -> SplitR
     _publish_failures(folder, failures)
     if not shards:
         raise DataError(f"{folder}: all {plan.num_samples} images are bad; see {folder / FAILURES_NAME}")
-    manifest = Manifest(folder, shards, plan.classes, split=plan.split, source=plan.source)
-    index = manifest.to_json()
-    index["vitscale"]["plan"] = plan.digest
-    _publish_text(folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
+    manifest = Manifest(folder, shards, plan.classes, split=plan.split, source=plan.source, plan=plan.digest)
+    _publish_text(folder / INDEX_NAME, json.dumps(manifest.to_json(), indent=1) + "\n")
     _sync_folder(folder)
     _sync_folder(folder.parent)
     shutil.rmtree(folder / PROGRESS_NAME)

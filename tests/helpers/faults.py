@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
+
+import pytest
 
 from tests.helpers.runs import environment, wait_until
 
@@ -59,9 +62,12 @@ class Fault:
             "FAULT_MARK": str(self._mark),
         }
 
-    def wait(self) -> None:
-        """Wait until it happens."""
-        assert wait_until(self._mark.exists, timeout_s=90), "the rank did not come to the step of its fault"
+    def wait(self, start: subprocess.Popen[str]) -> None:
+        """Wait until it happens in the run that ``start`` has started."""
+        wait_until(lambda: self._mark.exists() or start.poll() is not None, timeout_s=90)
+        if not self._mark.exists():
+            start.kill()
+            pytest.fail(f"the rank did not come to the step of its fault:\n{start.communicate()[1]}")
 
     def seconds_ago(self) -> float:
         """Time since it happened."""

@@ -83,7 +83,7 @@ def finish(process: subprocess.Popen[str], *, expect: int = 0, timeout_s: float 
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and all ranks at once, as when a node dies."""
+    """SIGKILL to the launcher; the kernel kills its ranks with it."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 

@@ -17,11 +17,24 @@ STOP_AT = 6
 
 def _train(topology: Topology, arguments: list[str], stop_at: int | None) -> None:
     """One rank of a run; the last rank alone gets SIGTERM within step ``stop_at``."""
+    import vitscale.train.engine as engine_module
     import vitscale.train.loop as loop
     from vitscale.config.loader import load_config
     from vitscale.errors import Interrupted
+    from vitscale.train.signals import StopRequest
 
-    real_step = loop.train_step
+    real_step, real_settings = loop.train_step, engine_module.deepspeed_config
+
+    def settings_that_release_parameters(config, plan):
+        """DeepSpeed keeps small parameters whole in stage 3; tiny models would never see a partitioned one."""
+        settings = real_settings(config, plan)
+        if config.engine.zero_stage == 3:
+            settings["zero_optimization"] |= {
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": 0,
+                "stage3_max_reuse_distance": 0,
+            }
+        return settings
 
     def step_with_signal(engine, batches, config, step, lr):
         result = real_step(engine, batches, config, step, lr)
@@ -30,9 +43,11 @@ def _train(topology: Topology, arguments: list[str], stop_at: int | None) -> Non
         return result
 
     loop.train_step = step_with_signal
+    engine_module.deepspeed_config = settings_that_release_parameters
     stopped = False
     try:
-        loop.train(load_config(CONFIG, arguments), topology)
+        with StopRequest() as stop:
+            loop.train(load_config(CONFIG, arguments), topology, stop)
     except Interrupted:
         stopped = True
     assert stopped == (stop_at is not None)
@@ -43,7 +58,7 @@ def _train(topology: Topology, arguments: list[str], stop_at: int | None) -> Non
 def test_stop_and_resume_is_bit_identical(digits: Path, tmp_path: Path, stage: int, precision: str) -> None:
     # Two accumulation steps; step 6 lies within an epoch and between two periodic checkpoints.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    common = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    common = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "evaluation.every={steps: 5}"]
     run_ranks(_train, 2, overrides(digits, whole, *common), None)
     run_ranks(_train, 2, overrides(digits, parts, *common), STOP_AT)
     assert len(trajectory(parts)) == STOP_AT

@@ -21,7 +21,7 @@ def _torchrun(arguments: list[str], **env: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR2", "-m", "vitscale", "train", str(CONFIG), *arguments]
-    return subprocess.Popen(command, env=environment(**env), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(**env), stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_ranks_of_torchrun_find_each_other_stop_and_continue(digits: Path, tmp_path: Path) -> None:
@@ -29,10 +29,11 @@ def test_ranks_of_torchrun_find_each_other_stop_and_continue(digits: Path, tmp_p
     arguments = overrides(digits, run)
     hold = Fault(tmp_path / "fault", "hold", rank=1, step=5)
     torchrun = _torchrun(arguments, **hold.env)
-    hold.wait()
+    hold.wait(torchrun)
     torchrun.send_signal(signal.SIGUSR2)
     _, errors = torchrun.communicate(timeout=60)
-    print(errors, torchrun.returncode)
+    # torchrun has an exit status of its own for this.
+    assert torchrun.returncode == 1
     assert "stopped at step 6 of 12 on SIGUSR2; a checkpoint is committed" in errors
     assert open_checkpoint(run / "checkpoints").step == 6
     assert "continuing from the checkpoint of step 6" in finish(_torchrun(arguments))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from vitscale import __version__
 from vitscale.checkpoint.fragments import (
     optimizer_steps,
     parameter_shapes,
+    push_masters,
     read_fragments,
     write_fragments,
 )
@@ -41,13 +43,18 @@ def restore_state(store: CheckpointStore, engine: Any, *, data_digest: str) -> T
     """Load the newest complete checkpoint into a fresh engine, or give ``None`` if there is none. Collective.
 
     Raises:
-        CheckpointError: the checkpoint is of another model or of other training data.
+        CheckpointError: the checkpoint is of another model or of other training data, or cannot be read.
     """
     checkpoint = store.newest()
     if checkpoint is None:
         return None
-    _check_fits(checkpoint, parameter_shapes(engine), data_digest)
-    read_fragments(engine, checkpoint.files, steps=int(checkpoint.content["optimizer_steps"]))
+
+    def read(files: list[Path]) -> None:
+        _check_fits(checkpoint, parameter_shapes(engine), data_digest)
+        read_fragments(engine, files, steps=int(checkpoint.content["optimizer_steps"]))
+
+    store.read(checkpoint, read)
+    push_masters(engine)
     return TrainState.from_json(checkpoint.content["state"])
 
 

@@ -133,16 +133,20 @@ class FragmentReader:
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
 
     def __enter__(self) -> FragmentReader:
-        for path in self._files:
-            handle = self._stack.enter_context(safe_open(path, framework="pt"))
-            for key in handle.keys():  # noqa: SIM118 (not a mapping)
-                name, kind, start = key.split("|")
-                (numel,) = handle.get_slice(key).get_shape()
-                self._pieces.setdefault((name, kind), []).append((int(start), numel, handle, key))
+        with ExitStack() as opened:
+            for path in self._files:
+                self._index(opened.enter_context(_open(path)))
+            self._stack = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _index(self, handle: Any) -> None:
+        for key in handle.keys():  # noqa: SIM118 (not a mapping)
+            name, kind, start = key.split("|")
+            (numel,) = handle.get_slice(key).get_shape()
+            self._pieces.setdefault((name, kind), []).append((int(start), numel, handle, key))
 
     def has(self, name: str, kind: str) -> bool:
         """Whether the checkpoint holds this logical tensor."""
@@ -168,11 +172,23 @@ class FragmentReader:
             )
 
 
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); remove its folder to go on from an older one"
+        ) from error
+
+
 def read_fragments(engine: Any, files: list[Path], *, steps: int) -> None:
-    """Fill a fresh engine's master weights and moments, then its working parameters. Collective.
+    """Fill a fresh engine's master weights and moments. :func:`push_masters` has to follow.
 
     Args:
         steps: updates that the optimizer had applied; 0 means that there are no moments yet.
+
+    Raises:
+        CheckpointError: the files do not hold what this rank needs.
     """
     with FragmentReader(files) as reader, torch.no_grad():
         for partition in _partitions(engine):
@@ -183,11 +199,10 @@ def read_fragments(engine: Any, files: list[Path], *, steps: int) -> None:
                 partition.state["step"] = torch.tensor(float(steps))
         for fragment in fragments(engine):
             reader.read(fragment.name, fragment.kind, fragment.start, fragment.values)
-    _push_masters(engine)
 
 
-def _push_masters(engine: Any) -> None:
-    """Copy changed master weights into the parameters that the model computes with."""
+def push_masters(engine: Any) -> None:
+    """Copy changed master weights into the parameters that the model computes with. Collective."""
     zero = engine.optimizer
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
         zero.update_lp_params()

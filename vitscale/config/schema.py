@@ -50,8 +50,8 @@ class DataConfig:
     """Unreadable samples after which the run stops."""
     max_bad_share: Share = 0.001
     """Share of unreadable samples, of the larger of one epoch and the examples seen, after which the run stops."""
-    max_image_pixels: Positive = 100_000_000
-    """Larger images are refused before they are decoded (decompression bombs)."""
+    max_image_pixels: Annotated[int, Field(gt=0, le=89_478_485)] = 80_000_000
+    """Larger images are refused before they are decoded (decompression bombs); Pillow's own limit is the most."""
 
     def __post_init__(self) -> None:
         low, high = self.crop_area

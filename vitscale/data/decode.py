@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Named, because Pillow would also try formats that start other programs (EPS), and because its search for a format
 # among all of them can miss one that another thread is just loading.
@@ -38,6 +38,8 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         return image.convert("RGB")
     except BadSampleError:
         raise
+    except UnidentifiedImageError as error:
+        raise BadSampleError(f"cannot decode the image: none of {', '.join(FORMATS)} in {len(data)} bytes") from error
     # Decoders raise almost anything on foreign bytes (OSError, SyntaxError, struct.error, ...): each is a bad sample.
     except Exception as error:
         raise BadSampleError(f"cannot decode the image: {error}") from error

@@ -45,6 +45,8 @@ class Manifest:
     multi_label: bool = False
     split: str = "train"
     source: str = ""
+    plan: str | None = None
+    """Digest of the plan that the set was written from."""
 
     @property
     def num_samples(self) -> int:
@@ -79,6 +81,7 @@ class Manifest:
                 "classes": None if self.classes is None else list(self.classes),
                 "multi_label": self.multi_label,
                 "source": self.source,
+                "plan": self.plan,
             },
         }
 
@@ -117,6 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
             multi_label=bool(extra.get("multi_label", False)),
             split=str(extra.get("split", "")),
             source=str(extra.get("source", "")),
+            plan=extra.get("plan"),
         )
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error

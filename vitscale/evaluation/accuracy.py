@@ -63,7 +63,8 @@ def evaluate_accuracy(
         The accuracy, or ``None`` if it was given up.
     """
     counts = torch.zeros(4, dtype=torch.int64)
-    with torch.inference_mode():
+    # Not inference_mode: ZeRO 3 keeps the parameters that it gathers here, and training goes on with them.
+    with torch.no_grad():
         for batch in batches:
             logits = logits_of(batch.images).float()
             # Counted where the logits are: with many classes, copying them costs more than counting.

@@ -11,16 +11,19 @@ from torch import Tensor
 from vitscale.checkpoint.fragments import read_parameters
 from vitscale.checkpoint.store import Checkpoint, open_checkpoint
 from vitscale.config.loader import load_config
-from vitscale.config.schema import TrainConfig
+from vitscale.config.schema import EngineConfig, TrainConfig
 from vitscale.data.loader import value_range
 from vitscale.data.manifest import Manifest, read_manifest
 from vitscale.distributed import Ranks, connect
-from vitscale.errors import CheckpointError, ConfigError
+from vitscale.errors import CheckpointError, ConfigError, on_every_rank
 from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches, open_evaluation_set
 from vitscale.evaluation.features import Features, extract_features
 from vitscale.evaluation.fewshot import fewshot_accuracy
 from vitscale.models.vit import VisionTransformer, build_vit
 from vitscale.topology import Topology
+
+# The run's own value is known only once its folder was read, which the connected ranks do together.
+TIMEOUT_S = EngineConfig().timeout_s
 
 
 def evaluate_run(
@@ -31,8 +34,8 @@ def evaluate_run(
     Raises:
         VitscaleError: the run, its checkpoint or the shard set cannot be used.
     """
-    config = read_run_config(run)
-    with connect(topology, timeout_s=config.engine.timeout_s) as ranks:
+    with connect(topology, timeout_s=TIMEOUT_S) as ranks:
+        config = ranks.on_main(lambda: read_run_config(run))
         checkpoint, manifest = ranks.on_main(lambda: (_open(run, step), _evaluation_set(config, data)))
         model = load_model(config, checkpoint, ranks)
         accuracy = evaluate_accuracy(
@@ -69,8 +72,8 @@ def fewshot_run(
     Raises:
         VitscaleError: the run, its checkpoint or a shard set cannot be used, or a class has too few images.
     """
-    config = read_run_config(run)
-    with connect(topology, timeout_s=config.engine.timeout_s) as ranks:
+    with connect(topology, timeout_s=TIMEOUT_S) as ranks:
+        config = ranks.on_main(lambda: read_run_config(run))
         checkpoint, train_set, test_set = ranks.on_main(
             lambda: (_open(run, step), _labelled_set(train_data), _labelled_set(test_data))
         )
@@ -103,7 +106,9 @@ def parse_shots(text: str) -> list[int]:
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ConfigError(f"--shots is {text!r}; positive whole numbers separated by commas are needed, as in 1,5,10")
+        raise on_every_rank(
+            ConfigError(f"--shots is {text!r}; positive whole numbers separated by commas are needed, as in 1,5,10")
+        )
     return [int(word) for word in words]
 
 

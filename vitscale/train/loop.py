@@ -23,7 +23,7 @@ from vitscale.data.manifest import Manifest, check_files, read_manifest
 from vitscale.data.order import SampleOrder, train_positions
 from vitscale.data.stream import ShardStream
 from vitscale.distributed import Ranks, connect
-from vitscale.errors import DataError, DivergenceError, Interrupted
+from vitscale.errors import DataError, DivergenceError, Interrupted, on_every_rank
 from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches, open_evaluation_set
 from vitscale.models.init import initialize
 from vitscale.models.vit import build_vit
@@ -36,16 +36,16 @@ from vitscale.train.schedule import learning_rate
 from vitscale.train.signals import StopRequest
 
 
-def train(config: TrainConfig, topology: Topology) -> TrainState:
-    """Train, or continue the run in ``config.run``, until it is finished.
+def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainState:
+    """Train, or continue the run in ``config.run``, until it is finished or ``stop`` has received a signal.
 
     Raises:
         Interrupted: a signal asked to stop; a checkpoint was committed and the same call continues.
         VitscaleError: anything else that the user can mend.
     """
-    with StopRequest() as stop, connect(topology, timeout_s=config.engine.timeout_s) as ranks:
+    with connect(topology, timeout_s=config.engine.timeout_s) as ranks:
         train_set, eval_set = ranks.on_main(lambda: open_shard_sets(config))
-        plan = RunPlan.create(config, ranks.world_size, train_set)
+        plan = ranks.on_main(lambda: RunPlan.create(config, ranks.world_size, train_set))
         attempt = ranks.on_main(lambda: open_run(config, plan, say=announce))
 
         model = build_vit(config.model, config.data.image_hw)
@@ -89,9 +89,11 @@ def train(config: TrainConfig, topology: Topology) -> TrainState:
             if stopping:
                 commit_state(store, engine, state, data_digest=train_set.digest)
     if stopping:
-        raise Interrupted(
-            f"stopped at step {state.step} of {plan.total_steps} on {stop.received or 'a signal to another rank'}; "
-            f"a checkpoint is committed and the same command continues"
+        raise on_every_rank(
+            Interrupted(
+                f"stopped at step {state.step} of {plan.total_steps} on {stop.received or 'a signal to another rank'}; "
+                f"a checkpoint is committed and the same command continues"
+            )
         )
     return state
 
@@ -192,12 +194,16 @@ def check_health(state: TrainState, config: TrainConfig, plan: RunPlan) -> None:
     """
     budget = plan.max_bad_samples(state.examples_seen, config.data.max_bad_share)
     if state.quarantined > budget:
-        raise DataError(
-            f"{state.quarantined} bad samples by step {state.step}; data.max_bad_samples and data.max_bad_share allow "
-            f"{budget}; see {config.run / 'quarantine.jsonl'}, mend the shard set or raise the budget",
+        raise on_every_rank(
+            DataError(
+                f"{state.quarantined} bad samples by step {state.step}; data.max_bad_samples and data.max_bad_share "
+                f"allow {budget}; see {config.run / 'quarantine.jsonl'}, mend the shard set or raise the budget"
+            )
         )
     if state.skipped_in_a_row >= config.engine.max_skipped_steps:
-        raise DivergenceError(
-            f"gradients were not finite in {state.skipped_in_a_row} steps in a row up to step {state.step} "
-            f"(engine.max_skipped_steps); lower optim.lr, lengthen schedule.warmup, or use precision fp32"
+        raise on_every_rank(
+            DivergenceError(
+                f"gradients were not finite in {state.skipped_in_a_row} steps in a row up to step {state.step} "
+                f"(engine.max_skipped_steps); lower optim.lr, lengthen schedule.warmup, or use precision fp32"
+            )
         )

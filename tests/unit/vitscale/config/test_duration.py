@@ -79,7 +79,6 @@ def test_whole_epochs_are_exact(samples: int, batch: int, epochs: int) -> None:
         (20, 10, True),
         (1, 1, True),
         (10, None, False),
-        (10, 0, False),
     ],
 )
 def test_is_due(step: int, every: int | None, due: bool) -> None:

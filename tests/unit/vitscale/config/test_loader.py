@@ -76,14 +76,13 @@ def test_an_override_mends_what_the_file_has_wrong() -> None:
     [
         *[(text, 8e-4) for text in ("8e-4", "8E-4", "0.8e-3", ".0008", "+8e-4", "0.000_8")],
         *[(text, 5.0) for text in ("5.", "5.0", "5e0", "0.5e+1", "5_0e-1")],
-        *[(text, 1000) for text in ("1000", "1_000", "+1000", "01000", "0x3e8", "0o1750")],
+        *[(text, 1000) for text in ("1000", "1_000", "+1000", "01000")],
         *[(text, None) for text in ("", "~", "null", "Null", "NULL")],
         *[(text, True) for text in ("true", "True", "TRUE")],
         *[(text, False) for text in ("false", "False", "FALSE")],
         *[(text, text) for text in ("no", "off", "yes", "on", "y", "tRUE", "nULL", "1__0", "_1", "1_", "1:30", "e3")],
-        *[(text, text) for text in (".", "-", "+", "e", "1e", "1.2.3", "2020-01-01", "nan", "inf", "0x", "0b1", "٣")],
-        ("-.inf", float("-inf")),
-        ("9" * 5000, float("inf")),
+        *[(text, text) for text in (".", "-", "+", "e", "1e", "1.2.3", "2020-01-01", "nan", ".inf", "0x1", "0o1", "٣")],
+        *[(text, text) for text in ("1e999", "9223372036854775808", "9" * 5000)],
     ],
 )
 def test_plain_scalars_follow_yaml_1_2(text: str, value: object) -> None:
@@ -94,12 +93,12 @@ def test_plain_scalars_follow_yaml_1_2(text: str, value: object) -> None:
 SCALAR_PROBLEMS = [
     ("seed=true", "seed: must be an integer, got true"),
     ('seed="10"', "seed: must be an integer, got '10'; remove the quotes"),
-    ("seed=!!str 10", "seed: must be an integer, got '10'; remove the quotes"),
+    ("seed=!!str 10", "seed: tag tag:yaml.org,2002:str is not supported; remove it"),
     ("seed=1e3", "seed: must be an integer, got 1000.0; write 1000"),
     ("seed=1.5", "seed: must be an integer, got 1.5"),
     ("seed=", "seed: must be an integer, got null; give a value or leave the key out"),
     ("seed=-1", "seed: must be greater than or equal to 0, got -1"),
-    ("seed=0x10000000000000000", "seed: must be at most 64 bits long, got 0x10000000000000000"),
+    ("seed=9223372036854775808", "seed: must be an integer, got '9223372036854775808'"),
     ("run=", "run: required, but empty; give it a value"),
     ("run=3", "run: must be text, got 3; put it in quotes"),
     ("run=[a]", 'run: must be text, got ["a"]'),
@@ -111,10 +110,7 @@ SCALAR_PROBLEMS = [
     ("run=@x", "run: not YAML: found character '@' that cannot start any token; quote the value"),
     ("optim.lr=fast", "optim.lr: must be a number, got 'fast'"),
     ("optim.lr=true", "optim.lr: must be a number, got true"),
-    (
-        "optim.lr=.nan",
-        "optim.lr: must be a finite number, and an integer at most 64 bits long, got .nan",
-    ),
+    ("optim.lr=.nan", "optim.lr: must be a number, got '.nan'"),
     ("optim.lr=0", "optim.lr: must be greater than 0, got 0"),
     ("data.flip=yes", "data.flip: must be true or false, got 'yes'"),
     ("data.flip=1", "data.flip: must be true or false, got 1"),
@@ -137,6 +133,7 @@ SCALAR_PROBLEMS = [
     ("optim.lrr=1", f"optim.lrr: unknown key; did you mean 'lr'? (known: {OPTIM_KEYS})"),
     ("optim.momentum=1", f"optim.momentum: unknown key (known: {OPTIM_KEYS})"),
     ("lr=1", f"lr: unknown key; did you mean 'optim.lr'? (known: {ROOT_KEYS})"),
+    ("optim.seed=1", f"optim.seed: unknown key; did you mean 'seed'? (known: {OPTIM_KEYS})"),
     ("sede=1", f"sede: unknown key; did you mean 'seed'? (known: {ROOT_KEYS})"),
     ("run.x=1", "run: has no keys to set, it is 'runs/a' (run.yaml:1); replace it as a whole"),
     ("seed", "not an override; write key.path=value"),
@@ -158,8 +155,8 @@ def test_problem_of_one_override(override: str, problem: str) -> None:
 
 
 FILE_PROBLEMS = {
-    "empty": ("", [f"run.yaml: the file is empty; required keys: {', '.join(REQUIRED)}"]),
-    "only a comment": ("# nothing", [f"run.yaml: the file is empty; required keys: {', '.join(REQUIRED)}"]),
+    "empty": ("", [f"run.yaml: {key}: required, but not given; add it" for key in REQUIRED]),
+    "only a comment": ("# nothing", [f"run.yaml: {key}: required, but not given; add it" for key in REQUIRED]),
     "a list": ("\n- 1\n- 2", ["run.yaml:2: must be `key: value` lines, got [1, 2]"]),
     "text": ("hello", ["run.yaml:1: must be `key: value` lines, got 'hello'"]),
     "brace": (
@@ -196,6 +193,8 @@ FILE_PROBLEMS = {
         ["run.yaml:12: optim.lr: key given twice (first in line 11); remove one"],
     ),
     "key that is a list": (RUN + "? [a]\n: 1\n", ["run.yaml:12: a key must be a plain word"]),
+    "template": (RUN + "loss: {{ kind }}\n", ["run.yaml:12: loss: a key must be a plain word"]),
+    "half a character in a key": (RUN + '"\\ud800": 1', ["run.yaml:12: a key must be a plain word"]),
     "key on two lines": (RUN + '"a\\nb": 1\n', [f"run.yaml:12: a\\nb: unknown key (known: {ROOT_KEYS})"]),
     "merge key": (
         RUN.replace("optim:", "optim: &base") + "loss:\n  <<: *base\n",

@@ -169,7 +169,7 @@ CONFIGS = st.builds(
     data=sections_of(
         schema.DataConfig,
         train=PATHS,
-        eval=st.none() | PATHS,
+        eval=PATHS,
         image_size=POSITIVE | st.tuples(POSITIVE, POSITIVE),
         crop_area=st.tuples(st.floats(1e-6, 0.5), st.floats(0.5, 1)),
         flip=st.booleans(),

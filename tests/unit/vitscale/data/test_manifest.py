@@ -45,7 +45,8 @@ def test_round_trip(shardset: Manifest) -> None:
 
 
 def test_the_helper_writes_what_wids_reads(shardset: Manifest) -> None:
-    dataset = wids.ShardListDataset(str(shardset.folder / "index.json"), cache_dir=str(shardset.folder / "cache"))
+    folder = shardset.folder
+    dataset = wids.ShardListDataset(str(folder / "index.json"), cache_dir=str(folder / "cache"), transformations=[])
     assert len(dataset) == 10
     assert dataset[1][".png"].read() == image_bytes(1)
     assert dataset[1]["__key__"] == key_of(1)

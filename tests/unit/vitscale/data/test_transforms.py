@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -18,11 +18,12 @@ from vitscale.config.schema import DataConfig
 from vitscale.data.loader import value_range
 from vitscale.data.transforms import Box, evaluation_pixels, inception_crop, train_pixels
 
-AREA, ASPECT = (0.05, 1.0), (0.75, 4 / 3)
+# As the reference calls tf.image.sample_distorted_bounding_box.
+AREA, ASPECT = (0.05, 1.0), (0.75, 1.33)
 
 
 def config(size: int | tuple[int, int], **fields: Any) -> DataConfig:
-    return DataConfig(train=Path("train"), image_size=size, **fields)
+    return DataConfig(train=Path("train"), image_size=size, **{"crop_area": AREA, "crop_aspect": ASPECT, **fields})
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -58,6 +59,11 @@ def test_extreme_sizes_still_give_a_crop(width: int, height: int) -> None:
     for seed in range(20):
         assert train_pixels(noise(width, height), config(8), seed).shape == (8, 8, 3)
     assert evaluation_pixels(noise(width, height), config(8)).shape == (8, 8, 3)
+
+
+def test_the_laws_of_the_reference_are_the_default() -> None:
+    defaults = DataConfig(train=Path("train"), image_size=8)
+    assert (defaults.crop_area, defaults.crop_aspect) == (AREA, ASPECT)
 
 
 def test_the_whole_image_when_nothing_fits() -> None:
@@ -111,7 +117,7 @@ def test_crops_lie_anywhere_with_equal_chance() -> None:
 
 def test_the_crop_of_a_seed_is_pinned() -> None:
     drawn = [inception_crop(500, 375, random.Random(seed), area=AREA, aspect=ASPECT) for seed in (0, 1, 2**64 - 1)]
-    assert drawn == [(31, 29, 411, 335), (57, 32, 334, 366), (214, 37, 367, 237)]
+    assert drawn == [(31, 29, 410, 335), (57, 32, 334, 366), (214, 37, 367, 237)]
 
 
 def test_pixels_of_a_seed_repeat_and_those_of_seeds_differ() -> None:
@@ -125,7 +131,7 @@ def test_half_of_the_images_are_mirrored() -> None:
     image = Image.fromarray(np.array([[[0] * 3, [255] * 3]], dtype=np.uint8).repeat(2, axis=0))
     whole = config(2, crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0))
     mirrored = [bool(train_pixels(image, whole, seed)[0, 0, 0]) for seed in range(2000)]
-    assert abs(sum(mirrored) - 1000) < 5 * 2000**0.5 / 2
+    assert abs(sum(mirrored) - 1000) < 3 * 2000**0.5 / 2
     still = config(2, crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), flip=False)
     assert not any(train_pixels(image, still, seed)[0, 0, 0] for seed in range(50))
 
@@ -178,6 +184,8 @@ def test_evaluation_halves_the_short_side() -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 24), st.integers(1, 24), st.sampled_from([1.0, 0.875]))
+@example(7, 7, 17, 17, 1.0)  # where rounding makes the crop larger than the image
+@example(49, 49, 8, 8, 1.0)
 def test_evaluation_takes_any_size(width: int, height: int, rows: int, columns: int, share: float) -> None:
     image = Image.new("RGB", (width, height), (9, 8, 7))
     pixels = evaluation_pixels(image, config((rows, columns), eval_crop_share=share))

@@ -1,0 +1,82 @@
+"""The ``vitscale`` command as a user meets it: exit status, stdout, stderr."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.helpers.distributed import PRELOADED
+from tests.helpers.runs import environment
+
+
+class Outcome(NamedTuple):
+    code: int | None
+    out: str
+    errors: str
+
+
+def vitscale(*arguments: object, timeout_s: float = 120, **env: str) -> Outcome:
+    """Run the command's entry point in a process of its own, forked from one that has the heavy imports done."""
+    return _run([env], arguments, timeout_s)
+
+
+def vitscale_on_ranks(world_size: int, *arguments: object, timeout_s: float = 120) -> Outcome:
+    """The same on several ranks that meet through torchrun's variables. They must end alike; what they print is one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    return _run(ranks, arguments, timeout_s)
+
+
+def _run(environments: Sequence[Mapping[str, str]], arguments: Sequence[object], timeout_s: float) -> Outcome:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    words = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder) / "out", Path(folder) / "errors"
+        processes = [context.Process(target=_main, args=(words, out, errors, dict(env))) for env in environments]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=timeout_s)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert len(set(codes)) == 1, codes
+        return Outcome(codes[0], out.read_text(), errors.read_text())
+
+
+def vitscale_launched(nproc: int, *arguments: object, timeout_s: float = 120) -> Outcome:
+    """Run the command with ``--nproc``: the launcher and its ranks as separate programs."""
+    command = [sys.executable, "-m", "vitscale", *map(str, arguments), "--nproc", str(nproc)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def _main(arguments: list[str], out: Path, errors: Path, env: dict[str, str]) -> None:
+    for descriptor, path in ((1, out), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.update(env)
+    sys.argv = ["vitscale", *arguments]
+    code = 70
+    try:
+        from vitscale.cli import main
+
+        main()
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,216 @@
+"""Every mistake that a user makes gives one message that says what is wrong, what was allowed and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.command import Outcome, vitscale, vitscale_on_ranks
+from tests.helpers.runs import CONFIG, overrides
+from tests.helpers.shardset import make_shardset
+
+CONFIG_ERROR, OTHER_ERROR = 2, 1
+
+
+def assert_one_message(outcome: Outcome, code: int, *parts: object) -> None:
+    """The right exit status, nothing on stdout, and one error with all ``parts`` in it."""
+    assert outcome.code == code, outcome.errors
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.errors
+    assert outcome.errors.count("vitscale: error: ") == 1, outcome.errors
+    message = outcome.errors.partition("vitscale: error: ")[2]
+    for part in parts:
+        assert str(part) in message, message
+
+
+def train(digits: Path, run: Path, *more: str) -> Outcome:
+    return vitscale("train", CONFIG, *overrides(digits, run, *more))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints of steps 1 and 2."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    outcome = train(digits, run, "duration={steps: 2}", "checkpoint.every={steps: 1}", "data.eval=null")
+    assert outcome.code == 0, outcome.errors
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optim.lrr=1", ("optim.lrr: unknown key", "did you mean 'lr'")),
+        ("micro_batch_size=four", ("micro_batch_size: must be an integer", "got 'four'")),
+        ("optim.lr=-1", ("optim.lr: must be greater than 0", "got -1")),
+        ("optim.lr", ("not an override; write key.path=value",)),
+        ("global_batch_size=15", ("global_batch_size (15) must be a multiple of micro_batch_size (4)",)),
+        ("duration={percent: 10}", ("duration: percent is a share of the whole run",)),
+        ("engine.zero_stage=0", ("zero_stage 0 is refused", "non-finite gradients", "use 1, 2 or 3")),
+        ("loss={kind: sigmoid, label_smoothing: 0.1}", ("label_smoothing is for the softmax loss", "0.1", "sigmoid")),
+        ("data.image_size=2", ("data.image_size 2x2 is smaller than one patch of ViT-mu/4", "at least 4")),
+        ("data.image_size=10", ("data.image_size 10x10 cannot be cut", "multiples of 4", "[8, 8] or [12, 12]")),
+        ("model.variant=ViT-Base/4", ("model.variant 'ViT-Base/4' is not known", "did you mean 'ViT-B/4'")),
+        ("model.num_heads=3", ("model.embed_dim 16 is not divisible by model.num_heads 3", "2 or 4")),
+        ("duration={examples: 3}", ("duration: 3 examples comes to no step at 16 images per step",)),
+    ],
+)
+def test_a_value_that_cannot_be(digits: Path, run: Path, override: str, parts: tuple[str, ...]) -> None:
+    assert_one_message(train(digits, run, override), CONFIG_ERROR, *parts)
+    assert not run.exists()
+
+
+def test_several_mistakes_are_told_at_once(digits: Path, run: Path) -> None:
+    outcome = train(digits, run, "optim.lrr=1", "seed=x", "data.windw=3")
+    assert_one_message(outcome, CONFIG_ERROR, "optim.lrr", "seed: must be an integer", "data.windw")
+
+
+def test_a_configuration_file_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
+    assert_one_message(vitscale("train", tmp_path / "no.yaml"), CONFIG_ERROR, "no.yaml: no such file", "check the path")
+    assert_one_message(vitscale("train", tmp_path), CONFIG_ERROR, "is a folder; name the YAML file in it")
+    (tmp_path / "bad.yaml").write_text("seed: 1\nrun: [a\n")
+    assert_one_message(vitscale("train", tmp_path / "bad.yaml"), CONFIG_ERROR, "bad.yaml:")
+
+
+def test_a_shard_set_that_is_missing_empty_or_elsewhere(digits: Path, run: Path, tmp_path: Path) -> None:
+    outcome = train(digits, run, f"data.train={tmp_path / 'none'}")
+    assert_one_message(outcome, OTHER_ERROR, tmp_path / "none", "no such shard set", "vitscale shards write")
+
+    (tmp_path / "empty").mkdir()
+    outcome = train(digits, run, f"data.train={tmp_path / 'empty'}")
+    assert_one_message(outcome, OTHER_ERROR, "holds no index.json", "vitscale shards write")
+
+    outcome = train(digits, run, f"data.train={digits}")
+    assert_one_message(outcome, OTHER_ERROR, f"{digits}: holds no index.json", f"did you mean {digits / 'train'}?")
+
+    outcome = train(digits, run, f"data.eval={tmp_path / 'none'}")
+    assert_one_message(outcome, OTHER_ERROR, tmp_path / "none", "no such shard set")
+    assert not run.exists()
+
+
+def test_an_index_that_does_not_match_the_tars(digits: Path, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(digits / "train", copy)
+    tar = min(copy.glob("*.tar"))
+    size = tar.stat().st_size
+    os.truncate(tar, size - 512)
+    outcome = train(digits, run, f"data.train={copy}")
+    assert_one_message(outcome, OTHER_ERROR, f"{tar.name} has {size - 512} bytes where the index says {size}")
+
+    tar.unlink()
+    assert_one_message(train(digits, run, f"data.train={copy}"), OTHER_ERROR, f"{tar.name} is missing")
+    (copy / "index.json").write_text("{]")
+    assert_one_message(
+        train(digits, run, f"data.train={copy}"), OTHER_ERROR, "not a shard index", "write the shard set"
+    )
+    (copy / "index.json").write_text(json.dumps({"shardlist": []}))
+    assert_one_message(train(digits, run, f"data.train={copy}"), OTHER_ERROR, "the shard set is empty")
+
+
+def test_a_head_with_too_few_outputs(digits: Path, run: Path) -> None:
+    outcome = train(digits, run, "model.num_classes=5", "data.eval=null")
+    assert_one_message(outcome, CONFIG_ERROR, "has 10 classes", "model.num_classes is 5", "set model.num_classes=10")
+
+
+def test_a_label_outside_the_head(digits: Path, run: Path, tmp_path: Path) -> None:
+    """Without names of classes in the index, only the sample itself tells."""
+    manifest = make_shardset(tmp_path / "set", [40], classes=None)
+    outcome = train(digits, run, f"data.train={manifest.folder}", "data.eval=null", "model.num_classes=5")
+    assert_one_message(outcome, OTHER_ERROR, "has label", "the head has 5 outputs (0 to 4)", "set model.num_classes")
+
+
+def test_several_labels_with_a_softmax_loss(digits: Path, run: Path, tmp_path: Path) -> None:
+    manifest = make_shardset(tmp_path / "set", [40], multi_label=True)
+    outcome = train(digits, run, f"data.train={manifest.folder}", "data.eval=null")
+    assert_one_message(outcome, CONFIG_ERROR, "images have several labels", "set loss.kind=sigmoid")
+
+
+def test_more_classes_to_evaluate_on_than_the_head_has(digits: Path, run: Path, trained: Path, tmp_path: Path) -> None:
+    manifest = make_shardset(tmp_path / "set", [20], classes=11)
+    for outcome in (
+        train(digits, run, f"data.eval={manifest.folder}"),
+        vitscale("evaluate", trained, "--data", manifest.folder),
+    ):
+        assert_one_message(outcome, OTHER_ERROR, "has 11 classes", "the model's head has 10 outputs")
+
+
+def test_a_number_of_ranks_that_does_not_fit(digits: Path, run: Path) -> None:
+    outcome = vitscale_on_ranks(3, "train", CONFIG, *overrides(digits, run))
+    fitting = "world sizes that fit: 1, 2, 4; start one of these"
+    assert_one_message(outcome, OTHER_ERROR, "makes 4 micro-batches, which 3 ranks cannot share evenly", fitting)
+    assert not run.exists()
+
+
+def test_ranks_that_cannot_be_started(digits: Path, run: Path) -> None:
+    arguments = ("train", CONFIG, *overrides(digits, run))
+    assert_one_message(vitscale(*arguments, "--nproc", "0"), OTHER_ERROR, "--nproc is 0; allowed is 1 or more")
+    assert_one_message(
+        vitscale(*arguments, RANK="0"), OTHER_ERROR, "WORLD_SIZE is not set", "--nproc, torchrun or srun"
+    )
+    outcome = vitscale(*arguments, RANK="x", WORLD_SIZE="1", LOCAL_RANK="0")
+    assert_one_message(outcome, OTHER_ERROR, "RANK is 'x'; a whole number is needed")
+
+
+def test_the_run_folder_of_another_run(digits: Path, trained: Path) -> None:
+    before = sorted(path.name for path in trained.iterdir())
+    outcome = train(digits, trained, "duration={steps: 2}", "checkpoint.every={steps: 1}", "data.eval=null", "seed=1")
+    assert_one_message(
+        outcome, CONFIG_ERROR, f"{trained} belongs to a run with another configuration", "seed: 0 -> 1", "run=..."
+    )
+    assert "optim" not in outcome.errors, "only what differs is shown"
+    assert sorted(path.name for path in trained.iterdir()) == before
+
+
+def test_a_run_folder_that_cannot_be_written(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    outcome = train(digits, tmp_path / "file" / "run")
+    assert_one_message(outcome, CONFIG_ERROR, "run: cannot write to", "Not a directory", "another folder with run=...")
+
+
+def test_evaluate_what_is_no_run_or_has_no_checkpoint(trained: Path, digits: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        assert_one_message(vitscale("evaluate", folder), OTHER_ERROR, f"{folder}: not a run folder", "'vitscale train'")
+    outcome = vitscale_on_ranks(2, "evaluate", tmp_path)
+    assert_one_message(outcome, OTHER_ERROR, f"{tmp_path}: not a run folder")
+    shutil.copy(trained / "config.yaml", tmp_path)
+    outcome = vitscale("evaluate", tmp_path, "--data", digits / "val")
+    assert_one_message(outcome, OTHER_ERROR, "holds no checkpoint; train first")
+
+
+def test_evaluate_what_the_run_does_not_have(trained: Path, digits: Path, tmp_path: Path) -> None:
+    assert_one_message(vitscale("evaluate", trained), CONFIG_ERROR, "the run has no data.eval", "--data")
+    outcome = vitscale("evaluate", trained, "--data", digits / "val", "--step", "7")
+    assert_one_message(outcome, OTHER_ERROR, "no checkpoint of step 7; there are: 2, 1")
+    outcome = vitscale("evaluate", trained, "--data", digits)
+    assert_one_message(outcome, OTHER_ERROR, f"did you mean {digits / 'train'}?")
+
+
+def test_fewshot_with_what_it_cannot_use(trained: Path, digits: Path, tmp_path: Path) -> None:
+    sets = ("--train", digits / "train", "--test", digits / "val")
+    for junk in ("x", "0", "1,,5", "-1", "1.5"):
+        outcome = vitscale("fewshot", trained, *sets, "--shots", junk)
+        assert_one_message(outcome, CONFIG_ERROR, f"--shots is {junk!r}", "positive whole numbers separated by commas")
+    outcome = vitscale_on_ranks(2, "fewshot", trained, *sets, "--shots", "x")
+    assert_one_message(outcome, CONFIG_ERROR, "--shots is 'x'")
+    outcome = vitscale("fewshot", trained, *sets, "--shots", "5,500")
+    assert_one_message(outcome, OTHER_ERROR, "images, but 500 shots are needed; ask for fewer with --shots")
+    outcome = vitscale("fewshot", trained, "--train", digits / "train", "--test", tmp_path / "none")
+    assert_one_message(outcome, OTHER_ERROR, tmp_path / "none", "no such shard set")
+
+
+def test_a_damaged_checkpoint_is_named(trained: Path, digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        file = next(checkpoint.glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    outcome = vitscale("evaluate", run, "--data", digits / "val")
+    assert_one_message(outcome, OTHER_ERROR, "no complete checkpoint", "step-000000002", "has other content")

@@ -1,0 +1,189 @@
+"""Top-1 and top-5 against counting by hand, and the same whatever the number of ranks and the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.distributed import run_ranks
+from tests.helpers.runs import CONFIG, overrides
+from tests.helpers.shardset import make_shardset, spoil_image
+from vitscale.config.loader import load_config
+from vitscale.data.loader import Batch, Quarantined
+from vitscale.data.order import evaluation_positions
+from vitscale.errors import DataError
+from vitscale.evaluation.accuracy import open_evaluation_set
+from vitscale.topology import Topology
+
+IMAGES = 83
+BAD = {0, 17, 82}
+FAULT = Quarantined(position=0, key="k", shard="s", reason="r", substitute=None)
+
+
+def table(classes: int) -> tuple[Tensor, list[int]]:
+    """Logits and labels of every image."""
+    generator = torch.Generator().manual_seed(classes)
+    return torch.randn(IMAGES, classes, generator=generator), torch.randint(
+        classes, (IMAGES,), generator=generator
+    ).tolist()
+
+
+def expected(classes: int) -> tuple[int, int, int, int]:
+    """Images, right ones, right among the best five, unreadable ones: sorted by hand."""
+    logits, labels = table(classes)
+    right = top5 = 0
+    for image in set(range(IMAGES)) - BAD:
+        row = logits[image].tolist()
+        best = sorted(range(classes), key=lambda k: -row[k])
+        right += best[0] == labels[image]
+        top5 += labels[image] in best[:5]
+    return IMAGES - len(BAD), right, top5, len(BAD)
+
+
+def batches_of(topology: Topology, classes: int, batch_size: int) -> Iterator[Batch]:
+    """Batches as the loader makes them; the image says which row of the table is meant."""
+    labels = table(classes)[1]
+    positions = evaluation_positions(IMAGES, rank=topology.rank, world_size=topology.world_size, batch_size=batch_size)
+    for row in positions:
+        good = [p is not None and p not in BAD for p in row]
+        pairs = list(zip(row, good, strict=True))
+        yield Batch(
+            images=torch.tensor([p or 0 for p in row], dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2),
+            labels=torch.tensor([[labels[p] if ok and p is not None else -1] for p, ok in pairs]),
+            mask=torch.tensor(good),
+            keys=[""] * len(row),
+            sample_ids=[-1 if p is None else p for p in row],
+            quarantined=[FAULT for p in row if p in BAD],
+        )
+
+
+def _counts(topology: Topology, cases: list[tuple[int, int]]) -> None:
+    from vitscale.distributed import connect
+    from vitscale.evaluation.accuracy import evaluate_accuracy
+
+    with connect(topology, timeout_s=60) as ranks:
+        for classes, batch_size in cases:
+            logits = table(classes)[0]
+            accuracy = evaluate_accuracy(
+                lambda images, logits=logits: logits[images[:, 0, 0, 0].long()],  # type: ignore[misc]
+                batches_of(topology, classes, batch_size),
+                num_classes=classes,
+                ranks=ranks,
+            )
+            assert accuracy is not None
+            found = (accuracy.images, accuracy.correct, accuracy.correct_top5, accuracy.unreadable)
+            assert found == expected(classes), (classes, batch_size, found)
+            assert accuracy.top1 == accuracy.correct / 80
+            assert accuracy.to_json() == {
+                "top1": accuracy.top1,
+                "top5": accuracy.top5,
+                "images": 80,
+                "unreadable": 3,
+            }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_counts_are_exact(world_size: int) -> None:
+    # 5 and fewer classes have no worse than a top-5 of 1; with 83 images per batch some ranks have padding only.
+    run_ranks(_counts, world_size, [(classes, batch) for classes in (1, 2, 3, 5, 6, 30) for batch in (1, 8, 83)])
+
+
+def test_the_expectation_is_neither_trivial_nor_impossible() -> None:
+    images, right, top5, _ = expected(30)
+    assert 0 < right < top5 < images
+    assert expected(5)[2] == expected(1)[1] == images
+
+
+def _gives_up(topology: Topology) -> None:
+    from vitscale.distributed import connect
+    from vitscale.evaluation.accuracy import evaluate_accuracy
+
+    asked = []
+
+    def is_stopping() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    with connect(topology, timeout_s=60) as ranks:
+        logits = table(6)[0]
+        batches = batches_of(topology, 6, 8)
+        found = evaluate_accuracy(
+            lambda images: logits[: len(images)], batches, num_classes=6, ranks=ranks, is_stopping=is_stopping
+        )
+        assert found is None
+        assert len(asked) == 3
+
+
+def test_a_stop_gives_up() -> None:
+    run_ranks(_gives_up, 1)
+
+
+def _reads_set(topology: Topology, arguments: list[str], folder: Path) -> None:
+    """A real set with two bad images: counts and features, both in terms of samples."""
+    import numpy as np
+
+    from vitscale.data.manifest import read_manifest
+    from vitscale.distributed import connect
+    from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches
+    from vitscale.evaluation.features import extract_features
+
+    config, manifest = load_config(CONFIG, arguments), read_manifest(folder)
+    good = [n for n in range(23) if n not in (4, 22)]
+    with connect(topology, timeout_s=60) as ranks:
+        for batch_size in (3, 64):
+
+            def batches(batch_size: int = batch_size) -> Iterator[Batch]:
+                return evaluation_batches(manifest, config.data, num_classes=10, batch_size=batch_size, ranks=ranks)
+
+            # The mean of an image tells images apart; the labels follow from the number.
+            features = extract_features(lambda images: images.float().mean(dim=(2, 3)), batches(), ranks=ranks)
+            assert features.labels.tolist() == [n % 10 for n in good]
+            assert features.values.shape == (21, 3)
+            assert features.values.dtype == np.float64
+            reference = folder / "features.npy"
+            if not reference.exists() and ranks.is_main:
+                np.save(reference, features.values)
+            ranks.barrier()
+            np.testing.assert_array_equal(features.values, np.load(reference))
+
+            accuracy = evaluate_accuracy(
+                lambda images: torch.eye(10)[3].expand(len(images), -1), batches(), num_classes=10, ranks=ranks
+            )
+            assert accuracy is not None
+            assert (accuracy.images, accuracy.correct, accuracy.unreadable) == (21, 2, 2)
+
+
+def test_a_real_set_counts_the_same_and_in_the_same_order_on_any_number_of_ranks(tmp_path: Path) -> None:
+    manifest = make_shardset(tmp_path / "set", [9, 1, 13])
+    for number in (4, 22):
+        spoil_image(manifest, number)
+    arguments = overrides(tmp_path, tmp_path / "run")
+    for world_size in (1, 2, 3):
+        run_ranks(_reads_set, world_size, arguments, manifest.folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"multi_label": True}, "images have several labels; top-1 accuracy needs one per image"),
+        ({"classes": 11}, "has 11 classes, but the model's head has 10 outputs"),
+    ],
+)
+def test_a_set_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_evaluation_set(make_shardset(tmp_path, [2], **changes), 10)
+
+
+def test_a_set_without_class_names_or_with_fewer_classes_is_taken(tmp_path: Path) -> None:
+    for number, classes in enumerate((None, 3, 10)):
+        manifest = make_shardset(tmp_path / str(number), [2], classes=classes)
+        assert open_evaluation_set(manifest, 10) is manifest
+    manifest = make_shardset(tmp_path / "torn", [2])
+    (manifest.folder / manifest.shards[0].name).unlink()
+    with pytest.raises(DataError, match=r"train-000000.tar is missing"):
+        open_evaluation_set(manifest, 10)

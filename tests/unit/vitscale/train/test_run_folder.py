@@ -1,0 +1,197 @@
+"""Whose run folder it is, which attempt this is, and which records survive a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.runs import CONFIG, TINY
+from vitscale.config.loader import load_config
+from vitscale.config.schema import TrainConfig
+from vitscale.data.manifest import Manifest, ShardInfo
+from vitscale.errors import ConfigError
+from vitscale.plan import RunPlan
+from vitscale.train.run_folder import StepRecords, open_run, write_text
+
+
+def config_of(run: Path, *overrides: str) -> TrainConfig:
+    return load_config(CONFIG, [*TINY, f"run={run}", *overrides])
+
+
+def enter(config: TrainConfig, *, world_size: int = 1) -> tuple[int, list[str]]:
+    """Open the run; gives the attempt and what was said."""
+    said: list[str] = []
+    manifest = Manifest(Path("data"), (ShardInfo("a.tar", 1427, 10_000),))
+    return open_run(config, RunPlan.create(config, world_size, manifest), say=said.append), said
+
+
+def test_a_fresh_folder_gets_configuration_and_plan(tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "run"
+    config = config_of(run)
+    assert enter(config) == (1, [])
+    assert load_config(run / "config.yaml") == config
+    plan = json.loads((run / "plan.json").read_text())
+    assert (plan["total_steps"], plan["gradient_accumulation_steps"]) == (12, 4)
+    assert sorted(path.name for path in run.iterdir()) == ["attempts.jsonl", "config.yaml", "plan.json"]
+
+
+def test_attempts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    for number, world_size in enumerate((1, 2, 4), start=1):
+        assert enter(config_of(tmp_path), world_size=world_size)[0] == number
+    records = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
+    assert [(r["attempt"], r["world_size"], r["slurm_job_id"]) for r in records] == [
+        (1, 1, "77"),
+        (2, 2, "77"),
+        (3, 4, "77"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("seed=1", "seed: 0 -> 1"),
+        ("optim.lr=2e-3", "optim.lr: 0.001 -> 0.002"),
+        ("duration={steps: 13}", "duration: {steps: 12} -> {steps: 13}"),
+        ("global_batch_size=32", "global_batch_size: 16 -> 32"),
+        ("data.window=4", "data.window: 8 -> 4"),
+        ("data.flip=true", "data.flip: false -> true"),
+        ("model.dropout=0.2", "model.dropout: 0.1 -> 0.2"),
+        ("loss.label_smoothing=0.1", "loss.label_smoothing: 0.0 -> 0.1"),
+    ],
+)
+def test_a_change_of_the_run_is_refused_and_shown(tmp_path: Path, override: str, shown: str) -> None:
+    enter(config_of(tmp_path))
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        enter(config_of(tmp_path, override, "data.workers=3"))
+    message = str(caught.value)
+    assert f"run: {tmp_path} belongs to a run with another configuration" in message
+    assert [line.strip() for line in message.splitlines() if "->" in line] == [shown]
+    assert "run=..." in message
+    # Nothing was touched, and the right configuration still goes on as the next attempt.
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    assert enter(config_of(tmp_path))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("micro_batch_size=8", "micro_batch_size"),
+        ("data.workers=3", "data.workers"),
+        ("data.train=elsewhere", "data.train"),
+        ("data.max_bad_share=0.5", "data.max_bad_share"),
+        ("engine.zero_stage=3", "engine.zero_stage"),
+        ("engine.precision=bf16", "engine.precision"),
+        ("checkpoint.every={steps: 2}", "checkpoint.every"),
+        ("evaluation.every={steps: 5}", "evaluation.every"),
+        ("log.every={steps: 5}", "log.every"),
+        ("model.activation_checkpointing=true", "model.activation_checkpointing"),
+    ],
+)
+def test_a_change_of_how_it_is_run_is_said_and_kept(tmp_path: Path, override: str, key: str) -> None:
+    enter(config_of(tmp_path))
+    changed = config_of(tmp_path, override)
+    attempt, said = enter(changed)
+    assert attempt == 2
+    assert len(said) == 1
+    assert said[0].startswith(f"changed since the last attempt: {key}: ")
+    assert load_config(tmp_path / "config.yaml") == changed
+
+
+def test_a_moved_run_folder_is_still_the_run(tmp_path: Path) -> None:
+    enter(config_of(tmp_path / "here"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert enter(config_of(tmp_path / "there"))[0] == 2
+
+
+def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match=r"run: cannot write to .*Not a directory; choose another folder"):
+        enter(config_of(file / "run"))
+    with pytest.raises(ConfigError, match=r"run: cannot write to .*File exists; choose another folder"):
+        enter(config_of(file))
+
+
+def test_write_text_replaces(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "long text\n")
+    write_text(tmp_path / "a", "short\n")
+    assert (tmp_path / "a").read_text() == "short\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def records_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_records(path: Path, steps: list[int], *, restored_step: int) -> None:
+    records = StepRecords(path, restored_step=restored_step)
+    for step in steps:
+        records.append({"step": step, "loss": step / 3})
+    records.close()
+
+
+def test_undone_records_move_aside_and_twice_is_once(tmp_path: Path) -> None:
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.rolled_back.jsonl"
+    write_records(path, [1, 2, 3, 4, 5], restored_step=0)
+    assert not aside.exists()
+    for _ in range(2):
+        records = StepRecords(path, restored_step=3)
+        assert [r["step"] for r in records.records] == [1, 2, 3]
+        records.close()
+        assert [r["step"] for r in records_in(path)] == [1, 2, 3]
+        assert [r["step"] for r in records_in(aside)] == [4, 5]
+    write_records(path, [4, 5, 6], restored_step=3)
+    write_records(path, [6], restored_step=5)
+    assert [r["step"] for r in records_in(path)] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records_in(aside)] == [4, 5, 6]
+    assert records_in(path)[1] == {"step": 2, "loss": 2 / 3}
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3, "loss": 1.0}', "\0\0\0\0", "[3]", '{"loss": 1.0}\n'])
+def test_a_torn_last_line_is_dropped_and_never_glued_to_the_next(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_records(path, [1, 2], restored_step=0)
+    with path.open("a") as file:
+        file.write(torn)
+    write_records(path, [3, 4], restored_step=2)
+    assert [r["step"] for r in records_in(path)] == [1, 2, 3, 4]
+
+
+def test_a_whole_last_record_without_its_line_break_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_records(path, [1, 2], restored_step=0)
+    path.write_text(path.read_text().rstrip("\n"))
+    write_records(path, [3], restored_step=2)
+    assert [r["step"] for r in records_in(path)] == [1, 2, 3]
+    assert not (tmp_path / "metrics.rolled_back.jsonl").exists()
+
+
+def test_bytes_that_are_no_text_do_not_stop_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_records(path, [1], restored_step=0)
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe\x80")
+    write_records(path, [2], restored_step=1)
+    assert [r["step"] for r in records_in(path)] == [1, 2]
+
+
+def test_an_untouched_file_is_not_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_records(path, [1, 2], restored_step=0)
+    inode = path.stat().st_ino
+    write_records(path, [3], restored_step=2)
+    assert path.stat().st_ino == inode
+
+
+def test_numbers_that_are_not_finite_are_null_as_json_has_none(tmp_path: Path) -> None:
+    records = StepRecords(tmp_path / "metrics.jsonl", restored_step=0)
+    records.append({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5, "mfu": None})
+    records.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.5, "mfu": null}\n'
