@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from vitscale.errors import TopologyError, VitscaleError, on_every_rank
 from vitscale.topology import Topology
@@ -42,7 +43,7 @@ class Ranks:
 
     def sum_ints(self, values: Sequence[int]) -> list[int]:
         """Elementwise sum over ranks (64-bit, wrapping)."""
-        packed = torch.tensor(values, dtype=torch.int64)
+        packed = torch.tensor([(value + 2**63) % 2**64 - 2**63 for value in values], dtype=torch.int64)
         distributed.all_reduce(packed, group=self._control)
         return [int(value) for value in packed]
 
@@ -106,6 +107,9 @@ def connect(topology: Topology, *, timeout_s: int) -> Iterator[Ranks]:
     """
     device = _device(topology)
     timeout = timedelta(seconds=timeout_s)
+    # The groups that DeepSpeed makes for itself take torch's default, which is half an hour.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     alone = topology.world_size == 1
     if not alone:
         _check_address(topology)

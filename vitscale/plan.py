@@ -30,7 +30,8 @@ class RunPlan:
     evaluate_every: int | None
     lanes: int
     window: int
-    bad_sample_budget: int
+    max_bad_samples: int
+    max_bad_share: float
     window_bytes_per_rank: int
     num_tokens: int
     num_parameters: int
@@ -51,6 +52,14 @@ class RunPlan:
         def steps(key: str, duration: Duration) -> int:
             return _steps(key, duration, config, num_samples, total_steps)
 
+        warmup_steps = config.schedule.warmup.to_steps(
+            global_batch_size=config.global_batch_size, num_samples=num_samples, total_steps=total_steps
+        )
+        if warmup_steps > total_steps:
+            raise ConfigError(
+                f"schedule.warmup: {config.schedule.warmup} comes to {warmup_steps} steps, but the run has "
+                f"{total_steps}, so optim.lr would never be reached; shorten the warm-up or give it in percent"
+            )
         every = config.evaluation.every
         shape: VitShape = resolve_shape(config.model, config.data.image_hw)
         lanes = config.data.lanes or config.global_batch_size
@@ -62,27 +71,26 @@ class RunPlan:
             num_samples=num_samples,
             num_shards=len(manifest.shards),
             total_steps=total_steps,
-            warmup_steps=config.schedule.warmup.to_steps(
-                global_batch_size=config.global_batch_size, num_samples=num_samples, total_steps=total_steps
-            ),
+            warmup_steps=warmup_steps,
             log_every=steps("log.every", config.log.every),
             checkpoint_every=steps("checkpoint.every", config.checkpoint.every),
             evaluate_every=None if every is None else steps("evaluation.every", every),
             lanes=lanes,
             window=config.data.window,
-            bad_sample_budget=config.data.max_bad_samples,
+            max_bad_samples=config.data.max_bad_samples,
+            max_bad_share=config.data.max_bad_share,
             window_bytes_per_rank=_window_bytes(config, world_size, lanes, manifest),
             num_tokens=shape.num_tokens,
             num_parameters=shape.num_parameters,
             forward_flops=shape.forward_flops,
         )
 
-    def max_bad_samples(self, examples_seen: int, share: float) -> int:
+    def bad_sample_budget(self, examples_seen: int) -> int:
         """Bad samples that are tolerated by now: the smaller of the count and the share of what was seen.
 
         The share is of at least one epoch, so that one early bad sample does not stop a run.
         """
-        return min(self.bad_sample_budget, int(share * max(examples_seen, self.num_samples)))
+        return min(self.max_bad_samples, int(self.max_bad_share * max(examples_seen, self.num_samples)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``plan.json``."""

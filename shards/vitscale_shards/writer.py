@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from vitscale.data.manifest import (
     format_idx,
     read_manifest,
 )
+from vitscale.durable import publish_text, published, sync_folder
 from vitscale.errors import DataError
 from vitscale_shards.plan import ShardPlan, SplitPlan
 from vitscale_shards.sources import BadImageError, Row, Source
@@ -170,12 +170,12 @@ def write_shard(
     first = next(samples, None)
     if first is None:
         return ShardRecord(ShardInfo(shard.name, 0, 0), tuple(failures))
-    with _published(folder / shard.name) as file:
+    with published(folder / shard.name) as file:
         digesting = _write_tar(file, itertools.chain([first], samples))
         file.flush()
         members = _read_members(Path(file.name))
     info = ShardInfo(shard.name, len(members), digesting.num_bytes, digesting.sha256.hexdigest())
-    _publish_text(folder / info.idx_name, format_idx(members))
+    publish_text(folder / info.idx_name, format_idx(members))
     return ShardRecord(info, tuple(failures))
 
 
@@ -217,9 +217,9 @@ def _finish(plan: SplitPlan, folder: Path, records: list[ShardRecord]) -> SplitR
     if not shards:
         raise DataError(f"{folder}: all {plan.num_samples} images are bad; see {folder / FAILURES_NAME}")
     manifest = Manifest(folder, shards, plan.classes, split=plan.split, source=plan.source, plan=plan.digest)
-    _publish_text(folder / INDEX_NAME, json.dumps(manifest.to_json(), indent=1) + "\n")
-    _sync_folder(folder)
-    _sync_folder(folder.parent)
+    publish_text(folder / INDEX_NAME, json.dumps(manifest.to_json(), indent=1) + "\n")
+    sync_folder(folder)
+    sync_folder(folder.parent)
     shutil.rmtree(folder / PROGRESS_NAME)
     return SplitResult(manifest, tuple(failures), already_complete=False)
 
@@ -278,9 +278,9 @@ def _read_members(path: Path) -> list[list[Member]]:
 
 
 def _write_record(folder: Path, record: ShardRecord, plan: SplitPlan) -> None:
-    _sync_folder(folder)  # the record must not outlive the names it vouches for
+    sync_folder(folder)  # the record must not outlive the names it vouches for
     content = {"plan": plan.digest, **asdict(record)}
-    _publish_text(folder / PROGRESS_NAME / f"{record.shard.name}.json", json.dumps(content))
+    publish_text(folder / PROGRESS_NAME / f"{record.shard.name}.json", json.dumps(content))
 
 
 def _read_record(folder: Path, shard: ShardPlan) -> ShardRecord | None:
@@ -297,7 +297,7 @@ def _read_record(folder: Path, shard: ShardPlan) -> ShardRecord | None:
 
 def _publish_failures(folder: Path, failures: list[Failure]) -> None:
     if failures:
-        _publish_text(folder / FAILURES_NAME, "".join(json.dumps(asdict(f)) + "\n" for f in failures))
+        publish_text(folder / FAILURES_NAME, "".join(json.dumps(asdict(f)) + "\n" for f in failures))
     else:
         (folder / FAILURES_NAME).unlink(missing_ok=True)
 
@@ -306,34 +306,6 @@ def _read_failures(folder: Path) -> tuple[Failure, ...]:
     path = folder / FAILURES_NAME
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return tuple(Failure(**json.loads(line)) for line in lines)
-
-
-@contextmanager
-def _published(path: Path) -> Iterator[BinaryIO]:
-    """A hidden neighbour of ``path`` to write to; it takes the name when it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _publish_text(path: Path, text: str) -> None:
-    with _published(path) as file:
-        file.write(text.encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

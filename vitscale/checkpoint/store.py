@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitscale.distributed import Ranks
+from vitscale.durable import publish_text, sync_folder
 from vitscale.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ class CheckpointStore:
             elif faults:
                 logger.warning("none of the %d checkpoints in %s is complete", len(faults), self.folder)
                 (self.folder / LATEST).unlink(missing_ok=True)
-                _sync_folder(self.folder)
+                sync_folder(self.folder)
             for name, fault in faults.items():
                 logger.warning("checkpoint %s is damaged (%s); moved to %s", name, fault, DAMAGED + name)
                 aside = self.folder / (DAMAGED + name)
@@ -171,7 +172,7 @@ class CheckpointStore:
             if target.exists():
                 return True
             self.folder.mkdir(parents=True, exist_ok=True)
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
             for left_over in self.folder.glob(f"{STAGING}*"):
                 _remove(left_over)
             staging.mkdir()
@@ -188,8 +189,8 @@ class CheckpointStore:
         }
         manifest[MANIFEST_DIGEST] = _manifest_digest(manifest)
         try:
-            _write_durably(staging / MANIFEST, json.dumps(manifest, indent=1))
-            _sync_folder(staging)
+            publish_text(staging / MANIFEST, json.dumps(manifest, indent=1))
+            sync_folder(staging)
             staging.rename(target)
             _point_latest(target)
             names = step_names(self.folder)
@@ -325,14 +326,12 @@ def _remove(path: Path) -> None:
 
 
 def _point_latest(target: Path) -> None:
-    """Make ``latest`` name ``target``; the folder's sync also makes the rename of ``target`` durable."""
+    """Make the rename of ``target`` durable, then let ``latest`` name it."""
     pointer = target.with_name(LATEST)
+    sync_folder(target.parent)
     if not (pointer.exists() and pointer.read_bytes() == f"{target.name}\n".encode()):
-        fresh = target.with_name(f".{LATEST}")
-        _write_durably(fresh, target.name + "\n")
-        _sync_folder(target.parent)
-        fresh.replace(pointer)
-    _sync_folder(target.parent)
+        publish_text(pointer, f"{target.name}\n")
+        sync_folder(target.parent)
 
 
 def _write_file(path: Path, write: Callable[[Path], None]) -> FileRecord:
@@ -359,22 +358,3 @@ def _sha256(path: Path) -> str:
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems keep no state of folders to sync.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

@@ -207,6 +207,7 @@ class _PendingBatch:
     """A batch whose slots are being filled by threads."""
 
     def __init__(self, size: int, image_hw: tuple[int, int], pin_memory: bool) -> None:
+        self._pin_memory = pin_memory
         self.images = torch.zeros((size, 3, *image_hw), dtype=torch.uint8, pin_memory=pin_memory)
         self._pixels = self.images.numpy()
         self.samples: list[RawSample | None] = [None] * size
@@ -227,7 +228,7 @@ class _PendingBatch:
         padded = [(*labels, *[NO_LABEL] * (widest - len(labels))) for labels in self.labels]
         return Batch(
             images=self.images,
-            labels=torch.tensor(padded, dtype=torch.int64),
+            labels=torch.tensor(padded, dtype=torch.int64, pin_memory=self._pin_memory),
             mask=torch.tensor([sample is not None for sample in self.samples]),
             keys=[sample.key if sample else "" for sample in self.samples],
             sample_ids=[sample.sample_id if sample else -1 for sample in self.samples],

@@ -44,8 +44,9 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
         VitscaleError: anything else that the user can mend.
     """
     with connect(topology, timeout_s=config.engine.timeout_s) as ranks:
-        train_set, eval_set = ranks.on_main(lambda: open_shard_sets(config))
+        train_set = ranks.on_main(lambda: open_training_set(config))
         plan = ranks.on_main(lambda: RunPlan.create(config, ranks.world_size, train_set))
+        eval_set = ranks.on_main(lambda: open_held_out_set(config))
         attempt = ranks.on_main(lambda: open_run(config, plan, say=announce))
 
         model = build_vit(config.model, config.data.image_hw)
@@ -98,13 +99,18 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
     return state
 
 
-def open_shard_sets(config: TrainConfig) -> tuple[Manifest, Manifest | None]:
-    """Read and check the training and the held-out set."""
-    train_set = read_manifest(config.data.train)
-    check_files(train_set)
+def open_training_set(config: TrainConfig) -> Manifest:
+    """Read the training set's index and compare it with the files."""
+    manifest = read_manifest(config.data.train)
+    check_files(manifest)
+    return manifest
+
+
+def open_held_out_set(config: TrainConfig) -> Manifest | None:
+    """The same for the set that is evaluated on, if there is one."""
     if config.data.eval is None:
-        return train_set, None
-    return train_set, open_evaluation_set(read_manifest(config.data.eval), config.model.num_classes)
+        return None
+    return open_evaluation_set(read_manifest(config.data.eval), config.model.num_classes)
 
 
 def train_batches(
@@ -192,7 +198,7 @@ def check_health(state: TrainState, config: TrainConfig, plan: RunPlan) -> None:
         DataError: more bad samples than the budget allows.
         DivergenceError: too many updates in a row were skipped.
     """
-    budget = plan.max_bad_samples(state.examples_seen, config.data.max_bad_share)
+    budget = plan.bad_sample_budget(state.examples_seen)
     if state.quarantined > budget:
         raise on_every_rank(
             DataError(

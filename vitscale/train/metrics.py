@@ -111,7 +111,7 @@ class MetricLog:
             "grad_norm": result.grad_norm,
             "applied": result.applied,
             "lr": lr,
-            "batch_digest": f"{digest:016x}",
+            "batch_digest": f"{digest % 2**64:016x}",
             "images_per_s": round(rate, 2),
             "data_wait_share": round(max(waits), 4),
             "mfu": self._mfu(rate),

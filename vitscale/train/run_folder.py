@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vitscale.checkpoint.store import step_names
 from vitscale.config.loader import load_config
 from vitscale.config.reference import KeyChange, diff_configs, dump_config
 from vitscale.config.schema import TrainConfig
+from vitscale.durable import publish_text, sync_folder
 from vitscale.errors import ConfigError
 from vitscale.plan import RunPlan
 
@@ -50,9 +52,12 @@ def open_run(config: TrainConfig, plan: RunPlan, *, say: Callable[[str], None]) 
     try:
         run.mkdir(parents=True, exist_ok=True)
         _check_config(config, say)
-        write_text(run / "config.yaml", dump_config(config))
-        write_text(run / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
-        return _note_attempt(run, plan)
+        publish_text(run / "config.yaml", dump_config(config))
+        publish_text(run / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+        attempt = _note_attempt(run, plan)
+        sync_folder(run)
+        sync_folder(run.parent)
+        return attempt
     except OSError as error:
         raise ConfigError(
             f"run: cannot write to {run}: {error.strerror}; choose another folder with run=..."
@@ -65,7 +70,8 @@ def _check_config(config: TrainConfig, say: Callable[[str], None]) -> None:
         return
     changes = diff_configs(load_config(path), config)
     refused = [change for change in changes if not _is_free(change)]
-    if refused:
+    # A run that has no checkpoint yet has nothing that could go on wrongly.
+    if refused and step_names(config.run / "checkpoints"):
         listed = "\n".join(f"  {change}" for change in refused)
         raise ConfigError(
             f"run: {config.run} belongs to a run with another configuration:\n{listed}\n"
@@ -90,18 +96,8 @@ def _note_attempt(run: Path, plan: RunPlan) -> int:
         "world_size": plan.world_size,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
-    write_text(path, "".join(f"{line}\n" for line in [*earlier, json.dumps(record)]))
+    publish_text(path, "".join(f"{line}\n" for line in [*earlier, json.dumps(record)]))
     return number
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step, also if the machine goes down meanwhile."""
-    fresh = path.with_name(f".{path.name}")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 class StepRecords:
@@ -134,7 +130,7 @@ class StepRecords:
                 file.writelines(map(_to_line, undone))
         # Unequal also if only the last line break is missing, to which the next record would be glued.
         if (clean := "".join(map(_to_line, kept))) != text:
-            write_text(self._path, clean)
+            publish_text(self._path, clean)
         return kept
 
 

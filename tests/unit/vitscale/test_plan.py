@@ -129,6 +129,11 @@ def test_cadences_in_each_unit(every: Duration, steps: int) -> None:
     assert (made.checkpoint_every, made.log_every, made.evaluate_every, made.warmup_steps) == (steps,) * 4
 
 
+def test_a_warmup_that_outlasts_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"schedule.warmup: 5000 steps comes to 5000 steps, but the run has \d+"):
+        plan(schedule=ScheduleConfig(warmup=Duration(steps=5000)))
+
+
 def test_no_warmup_and_no_evaluation() -> None:
     made = plan(schedule=ScheduleConfig(warmup=Duration(steps=0)))
     assert (made.warmup_steps, made.evaluate_every) == (0, None)
@@ -180,11 +185,11 @@ def test_lanes_and_the_memory_of_windows() -> None:
 
 def test_bad_samples_are_limited_by_count_and_share() -> None:
     made = plan(data={"max_bad_samples": 5})
-    assert made.max_bad_samples(0, 0.001) == 1
-    assert made.max_bad_samples(999, 0.001) == 1
-    assert made.max_bad_samples(3000, 0.001) == 3
-    assert made.max_bad_samples(10**6, 0.001) == 5
-    assert made.max_bad_samples(10**6, 0.0) == 0
+    assert made.bad_sample_budget(0) == 1
+    assert made.bad_sample_budget(999) == 1
+    assert made.bad_sample_budget(3000) == 3
+    assert made.bad_sample_budget(10**6) == 5
+    assert plan(data={"max_bad_share": 0.0}).bad_sample_budget(10**6) == 0
 
 
 def test_plan_is_plain_data_and_a_table() -> None:

@@ -15,7 +15,7 @@ from vitscale.config.schema import TrainConfig
 from vitscale.data.manifest import Manifest, ShardInfo
 from vitscale.errors import ConfigError
 from vitscale.plan import RunPlan
-from vitscale.train.run_folder import StepRecords, open_run, write_text
+from vitscale.train.run_folder import StepRecords, open_run
 
 
 def config_of(run: Path, *overrides: str) -> TrainConfig:
@@ -66,6 +66,7 @@ def test_attempts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_change_of_the_run_is_refused_and_shown(tmp_path: Path, override: str, shown: str) -> None:
     enter(config_of(tmp_path))
+    (tmp_path / "checkpoints" / "step-000000004").mkdir(parents=True)
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(ConfigError) as caught:
         enter(config_of(tmp_path, override, "data.workers=3"))
@@ -76,6 +77,14 @@ def test_a_change_of_the_run_is_refused_and_shown(tmp_path: Path, override: str,
     # Nothing was touched, and the right configuration still goes on as the next attempt.
     assert (tmp_path / "config.yaml").read_bytes() == before
     assert enter(config_of(tmp_path))[0] == 2
+
+
+def test_a_run_without_a_checkpoint_may_start_anew_otherwise(tmp_path: Path) -> None:
+    enter(config_of(tmp_path))
+    number, said = enter(config_of(tmp_path, "seed=1"))
+    assert number == 2
+    assert said == ["changed since the last attempt: seed: 0 -> 1"]
+    assert "seed: 1" in (tmp_path / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -116,13 +125,6 @@ def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> No
         enter(config_of(file / "run"))
     with pytest.raises(ConfigError, match=r"run: cannot write to .*File exists; choose another folder"):
         enter(config_of(file))
-
-
-def test_write_text_replaces(tmp_path: Path) -> None:
-    write_text(tmp_path / "a", "long text\n")
-    write_text(tmp_path / "a", "short\n")
-    assert (tmp_path / "a").read_text() == "short\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def records_in(path: Path) -> list[dict[str, Any]]:
