@@ -7,13 +7,16 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitscale import __version__
-from vitscale.errors import VitscaleError
+from vitscale.errors import ConfigError, VitscaleError, on_every_rank
 from vitscale.topology import Topology
+
+if TYPE_CHECKING:
+    from vitscale.config.schema import TrainConfig
 
 COMMAND_GROUP = "vitscale.commands"
 
@@ -44,8 +47,18 @@ def _main(
 def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -> None:
     """Train a model, or continue the run that lies in its run folder."""
     from vitscale.config.loader import load_config
+    from vitscale.models.shapes import resolve_shape
 
-    loaded = load_config(config, overrides or [])
+    def load() -> TrainConfig:
+        loaded = load_config(config, overrides or [])
+        try:
+            resolve_shape(loaded.model, loaded.data.image_hw)
+        except ConfigError as error:
+            raise ConfigError(f"{config}: {error}") from error
+        return loaded
+
+    if nproc is not None:
+        load()  # mistakes are told before any rank is started
 
     def work(topology: Topology) -> None:
         from vitscale.train.signals import StopRequest
@@ -54,6 +67,10 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) 
         with StopRequest() as stop:
             from vitscale.train.loop import train as run_training
 
+            try:
+                loaded = load()
+            except ConfigError as error:
+                raise on_every_rank(error) from error
             run_training(loaded, topology, stop)
 
     _on_ranks(nproc, work)

@@ -1,4 +1,4 @@
-"""The ranks of a run as one object. The only file that calls torch.distributed.
+"""The ranks of a run as one object. The only file with collective operations.
 
 A single process is one rank and runs the same code. Control messages (stop flags, counts, agreements) travel over
 gloo in host memory, so that they never wait for the GPU.
@@ -14,8 +14,7 @@ from typing import TypeVar
 
 import torch
 from torch import distributed
-from torch._C._distributed_c10d import HashStore
-from torch.distributed import distributed_c10d
+from torch.distributed import HashStore, distributed_c10d  # type: ignore[attr-defined]
 
 from vitscale.errors import TopologyError, VitscaleError, on_every_rank
 from vitscale.topology import Topology
@@ -113,15 +112,22 @@ def connect(topology: Topology, *, timeout_s: int) -> Iterator[Ranks]:
     alone = topology.world_size == 1
     if not alone:
         _check_address(topology)
-    distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=HashStore() if alone else None,
-        init_method=None if alone else f"tcp://{topology.master_addr}:{topology.master_port}",
-        rank=topology.rank,
-        world_size=topology.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=HashStore() if alone else None,
+            init_method=None if alone else f"tcp://{topology.master_addr}:{topology.master_port}",
+            rank=topology.rank,
+            world_size=topology.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (distributed.DistNetworkError, distributed.DistStoreError) as error:
+        raise TopologyError(
+            f"rank {topology.rank} cannot reach the others at {topology.master_addr}:{topology.master_port} within "
+            f"{timeout_s} s ({str(error).partition(chr(10))[0]}); see that all {topology.world_size} ranks are started "
+            f"and the port is free, or set MASTER_ADDR and MASTER_PORT"
+        ) from error
     control = distributed.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
     ranks = Ranks(topology, device, control)
     yield ranks

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
+
+# What flock says on a file system without locks; there, nobody can be kept out.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
 @contextmanager
@@ -45,3 +50,39 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+class Lock:
+    """Keeps a second process out. It is free again when its holder releases it or dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def take(self, *, patience_s: float = 0.0) -> bool:
+        """Take the lock, or give up after ``patience_s`` seconds of another's holding it.
+
+        Returns:
+            Whether it was taken. On a file system without locks it always is.
+        """
+        self._file = self._path.open("w")
+        end = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    self.release()
+                    return False
+                time.sleep(0.1)
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    return True
+                raise
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -86,11 +86,13 @@ class RunPlan:
         )
 
     def bad_sample_budget(self, examples_seen: int) -> int:
-        """Bad samples that are tolerated by now: the smaller of the count and the share of what was seen.
+        """Bad samples that are tolerated by now: the smaller of the count and the share, for each epoch begun.
 
-        The share is of at least one epoch, so that one early bad sample does not stop a run.
+        The same bad sample is met again in every epoch. A whole first epoch is allowed for, so that one early bad
+        sample does not stop a run.
         """
-        return min(self.max_bad_samples, int(self.max_bad_share * max(examples_seen, self.num_samples)))
+        epochs = max(1, -(-examples_seen // self.num_samples))
+        return min(self.max_bad_samples * epochs, int(self.max_bad_share * max(examples_seen, self.num_samples)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``plan.json``."""
@@ -167,7 +169,7 @@ def _steps(key: str, duration: Duration, config: TrainConfig, num_samples: int, 
     if steps < 1:
         raise ConfigError(
             f"{key}: {duration} comes to no step at {config.global_batch_size} images per step and {num_samples} "
-            f"images per epoch; at least one step is needed"
+            f"images per epoch; give it in steps, make it longer, or lower global_batch_size"
         )
     return steps
 

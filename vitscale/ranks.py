@@ -33,6 +33,9 @@ def start_ranks(nproc: int, arguments: list[str]) -> int:
     Raises:
         LaunchError: ``nproc`` is not a possible number of ranks here.
     """
+    started = Topology.from_environment().world_size
+    if started > 1:
+        raise LaunchError(f"--nproc starts ranks, but torchrun or srun has started {started} already; omit --nproc")
     forward = _Forwarding()
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

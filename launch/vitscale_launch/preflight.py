@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale.config.loader import load_config
-from vitscale.data.manifest import check_files, read_manifest
+from vitscale.data.manifest import check_files, check_same_classes, read_manifest
 from vitscale.errors import LaunchError
 from vitscale.plan import RunPlan, check_labels
 
@@ -26,6 +26,7 @@ def check_run(config_file: Path, overrides: Sequence[str], *, world_size: int) -
         eval_set = read_manifest(config.data.eval)
         check_files(eval_set)
         check_labels(config, eval_set)
+        check_same_classes(eval_set, train_set.classes, of="the training set")
     _check_writable(config.run)
     return [*RunPlan.create(config, world_size, train_set).describe(), ("run", str(config.run))]
 

@@ -6,8 +6,6 @@ on after any interruption; ``index.json`` comes last, and a folder with an index
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -28,7 +26,7 @@ from vitscale.data.manifest import (
     format_idx,
     read_manifest,
 )
-from vitscale.durable import publish_text, published, sync_folder
+from vitscale.durable import Lock, publish_text, published, sync_folder
 from vitscale.errors import DataError
 from vitscale_shards.plan import ShardPlan, SplitPlan
 from vitscale_shards.sources import BadImageError, Row, Source
@@ -36,8 +34,6 @@ from vitscale_shards.sources import BadImageError, Row, Source
 PROGRESS_NAME = ".progress"
 FAILURES_NAME = "failures.jsonl"
 _ADVICE = "one folder holds one set: choose another OUT, or remove {} first"
-# What flock says on a network file system without locks; there, the user must start one writer only.
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
 @dataclass(frozen=True)
@@ -310,18 +306,16 @@ def _read_failures(folder: Path) -> tuple[Failure, ...]:
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Keep a second writer out of the folder; the lock of a killed writer vanishes with it."""
-    with (folder / PROGRESS_NAME / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another command is writing here; wait for it or stop it") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+    """Keep a second writer out of the folder."""
+    lock = Lock(folder / PROGRESS_NAME / "lock")
+    if not lock.take():
+        raise DataError(f"{folder}: another command is writing here; wait for it or stop it")
+    try:
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

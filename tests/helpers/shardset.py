@@ -97,6 +97,17 @@ def spoil_image(manifest: Manifest, number: int) -> None:
     overwrite(manifest, number, "jpg" if number % 3 == 0 else "png", b"no image at all")
 
 
+def lose_shard(manifest: Manifest, shard: int, how: str) -> set[int]:
+    """Make one tar ``"missing"`` or ``"zeroed"``, its index untouched. Numbers of its samples in the set."""
+    path = manifest.folder / manifest.shards[shard].name
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(path.stat().st_size))
+    first = sum(info.num_samples for info in manifest.shards[:shard])
+    return set(range(first, first + manifest.shards[shard].num_samples))
+
+
 def read_tars(manifest: Manifest) -> list[tuple[str, Parts]]:
     """Key and members of every sample, as ``tarfile`` reads them."""
     samples: dict[str, Parts] = {}

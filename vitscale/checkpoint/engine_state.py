@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,17 @@ from vitscale.checkpoint.store import Checkpoint, CheckpointStore
 from vitscale.errors import CheckpointError
 
 
-def commit_state(store: CheckpointStore, engine: Any, state: TrainState, *, data_digest: str) -> None:
+def commit_state(
+    store: CheckpointStore, engine: Any, state: TrainState, *, data_digest: str, classes: Sequence[str] | None
+) -> None:
     """Commit the engine and ``state`` as the checkpoint of ``state.step``. Collective.
+
+    Args:
+        store: where to.
+        engine: the DeepSpeed engine, between two steps.
+        state: the integers that go with it.
+        data_digest: identity of the training data, compared by :func:`restore_state`.
+        classes: names of the head's outputs, for whoever evaluates the checkpoint.
 
     Raises:
         CheckpointError: some rank could not write.
@@ -31,6 +41,7 @@ def commit_state(store: CheckpointStore, engine: Any, state: TrainState, *, data
         "optimizer_steps": optimizer_steps(engine),
         "parameters": parameter_shapes(engine),
         "data_digest": data_digest,
+        "classes": None if classes is None else list(classes),
         "world_size": engine.world_size,
         "zero_stage": engine.zero_optimization_stage(),
         "vitscale_version": __version__,

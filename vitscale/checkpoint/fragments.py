@@ -4,7 +4,7 @@ A *fragment* is a contiguous range of one flattened parameter, or of one of its 
 Each rank writes its own fragments to one safetensors file; together the files hold every element once. A reader
 opens the files and copies the ranges it needs, so a state saved on W ranks loads on any other number and stage.
 
-This is the only file that reads DeepSpeed's private attributes (tested with 0.19.8).
+This is the only file that reads private attributes of DeepSpeed's optimizers (tested with 0.19.8).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class DataConfig:
     train: Path
     """Folder of the training shard set (holds index.json)."""
     eval: Path | None = None
-    """Folder of the held-out shard set. Without it, nothing is evaluated during training."""
+    """Folder of the held-out shard set, one label per image. Without it, nothing is evaluated during training."""
     image_size: Positive | tuple[Positive, Positive]
     """Input size in pixels: one side of a square, or [height, width]."""
     crop_area: tuple[float, float] = (0.05, 1.0)
@@ -47,7 +47,7 @@ class DataConfig:
     prefetch_batches: Positive = 4
     """Micro-batches that are prepared ahead of the model."""
     max_bad_samples: NonNegative = 1000
-    """Unreadable samples after which the run stops."""
+    """Unreadable samples per epoch after which the run stops."""
     max_bad_share: Share = 0.001
     """Share of unreadable samples, of the larger of one epoch and the examples seen, after which the run stops."""
     max_image_pixels: Annotated[int, Field(gt=0, le=89_478_485)] = 80_000_000
@@ -86,7 +86,7 @@ class ModelConfig:
     pool: Literal["token", "gap"] = "token"
     """What the head reads: the class token, or the mean over all patches (no class token then)."""
     representation_layer: bool = True
-    """One tanh hidden layer before the head, as in pre-training (ViT paper, section 3.1). False for fine-tuning."""
+    """One tanh hidden layer before the head, as in pre-training (ViT paper, section 3.1). False: linear head only."""
     head_bias: float = 0.0
     """Initial bias of the head: -10 for a sigmoid loss on thousands of classes, -6.9 on ImageNet-1k."""
     dropout: Rate = 0.0
@@ -184,7 +184,8 @@ class EvaluationConfig:
     """Top-1 and top-5 on data.eval during training."""
 
     every: Duration | None = None
-    """Distance between two evaluations; null evaluates after the last step only."""
+    """Distance between two evaluations; null evaluates after the last step only. One that would come shortly before
+    the last (within a quarter of the distance) is left out."""
 
 
 @section
@@ -197,7 +198,7 @@ class LogConfig:
 
 @section
 class TrainConfig:
-    """One pre-training or fine-tuning run."""
+    """One training run."""
 
     run: Path
     """Run folder: configuration, metrics and checkpoints. The same command continues what lies there."""

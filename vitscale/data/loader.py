@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import torch
@@ -29,8 +28,6 @@ READ_THREADS = 2
 NO_LABEL = -1
 # Salt that keeps augmentation randomness apart from the permutations of the order.
 AUGMENTATION = 0xA06
-# Draws that are tried in place of a bad one. More in a row is no accident but a broken shard set.
-MAX_SUBSTITUTES = 64
 
 Samples = list[RawSample | Fault]
 Pixels = Callable[[RawSample, Place], NDArray[np.uint8]]
@@ -98,7 +95,7 @@ class BatchLoader:
         """Batches at the given positions, in order. ``None`` is padding.
 
         Raises:
-            DataError: a label is outside the head, or too many samples in a row are bad.
+            DataError: a label is outside the head, or no sample can take a bad one's place.
         """
         reader = ThreadPoolExecutor(READ_THREADS, "read")
         decoder = ThreadPoolExecutor(self._workers, "decode")
@@ -150,9 +147,9 @@ class BatchLoader:
             batch.digests[slot] = _digest(position, filled.key)
         elif self._stream.order.replaces_bad:
             raise DataError(
-                f"{bad[0].shard}: {len(bad)} samples in a row cannot be used, from {bad[0].key} ({bad[0].reason}) to "
-                f"{bad[-1].key} ({bad[-1].reason}); at most {MAX_SUBSTITUTES} others of the same lane are tried in "
-                f"place of a bad one: mend the shard set"
+                f"{bad[0].shard}: neither {bad[0].key} ({bad[0].reason}) nor any of {len(bad) - 1} samples tried in "
+                f"its place can be used, the last being {bad[-1].key} of {bad[-1].shard} ({bad[-1].reason}); "
+                f"mend the shard set"
             )
         if bad:
             # A bad substitute is recorded where it is drawn itself, so that each bad sample counts once.
@@ -163,7 +160,7 @@ class BatchLoader:
     def _candidates(self, place: Place, samples: Samples) -> Iterator[tuple[Place, RawSample | Fault]]:
         yield place, samples[place.offset]
         window = place.window
-        for candidate in islice(self._stream.order.substitutes(place), MAX_SUBSTITUTES):
+        for candidate in self._stream.order.substitutes(place):
             if candidate.window != window:
                 window, samples = candidate.window, self._stream.read_window(candidate.window)
             yield candidate, samples[candidate.offset]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +170,20 @@ def check_files(manifest: Manifest) -> None:
         )
 
 
+def check_same_classes(manifest: Manifest, classes: Sequence[str] | None, *, of: str) -> None:
+    """See that a label means the same in ``manifest`` as in a list of class names; unnamed classes pass.
+
+    Raises:
+        DataError: names the first label that differs.
+    """
+    for label, (ours, theirs) in enumerate(zip(manifest.classes or (), classes or (), strict=False)):
+        if ours != theirs:
+            raise DataError(
+                f"{manifest.folder}: label {label} is {ours!r}, but {theirs!r} in {of}; write both sets from "
+                f"sources with the same classes"
+            )
+
+
 @dataclass(frozen=True)
 class Member:
     """One file inside a tar: its extension, where its bytes start, how many there are, and its full name."""
@@ -186,15 +202,15 @@ def format_idx(samples: list[list[Member]]) -> str:
 
 
 class MemberIndex(Sequence[tuple[Member, ...]]):
-    """Members of every sample of one tar, in file order. Lines are parsed when asked for: an index of a
-    large shard is opened for a few windows of it."""
+    """The members of every sample of one tar. It remembers where the lines of the ``.idx`` file lie and reads those
+    that are asked for: a rank has hundreds of tars open and needs a few lines of each at a time."""
 
-    def __init__(self, path: Path, lines: list[str]) -> None:
+    def __init__(self, path: Path, line_ends: array[int]) -> None:
         self._path = path
-        self._lines = lines
+        self._line_ends = line_ends
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._line_ends) - 1
 
     @overload
     def __getitem__(self, item: int) -> tuple[Member, ...]: ...
@@ -203,9 +219,26 @@ class MemberIndex(Sequence[tuple[Member, ...]]):
     def __getitem__(self, item: slice) -> list[tuple[Member, ...]]: ...
 
     def __getitem__(self, item: int | slice) -> tuple[Member, ...] | list[tuple[Member, ...]]:
-        if isinstance(item, slice):
-            return [self._parse(line) for line in self._lines[item]]
-        return self._parse(self._lines[item])
+        samples = range(len(self))[item]
+        if isinstance(samples, int):
+            return self._read(samples, samples + 1)[0]
+        if not samples:
+            return []
+        first, last = sorted((samples[0], samples[-1]))
+        return self._read(first, last + 1)[:: samples.step]
+
+    def _read(self, first: int, stop: int) -> list[tuple[Member, ...]]:
+        """Members of the samples ``first`` to ``stop - 1``: one read."""
+        start, end = self._line_ends[first], self._line_ends[stop]
+        try:
+            with self._path.open("rb") as file:
+                file.seek(start)
+                lines = file.read(end - start).decode().split("\n")[:-1]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self._path}: cannot be read ({error}); write the shard set again") from error
+        if len(lines) != stop - first:
+            raise DataError(f"{self._path}: cannot be read (it has changed since); write the shard set again")
+        return [self._parse(line) for line in lines]
 
     def _parse(self, line: str) -> tuple[Member, ...]:
         words = line.split(" ")
@@ -213,7 +246,9 @@ class MemberIndex(Sequence[tuple[Member, ...]]):
             groups = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
             return tuple(Member(ext, int(offset), int(size), name) for ext, offset, size, name in groups)
         except ValueError as error:
-            raise DataError(f"{self._path}: not a DALI member index ({line[:80]!r}); index the shard again") from error
+            raise DataError(
+                f"{self._path}: not a DALI member index ({line[:80]!r}); write the shard set again"
+            ) from error
 
 
 def read_idx(path: Path) -> MemberIndex:
@@ -223,16 +258,14 @@ def read_idx(path: Path) -> MemberIndex:
         DataError: the file is missing or not of the format.
     """
     try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
-        version, count = header.split()
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; write the shard set again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file system") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not a DALI member index ({error}); index the shard again") from error
-    if header != f"{IDX_VERSION} {len(lines)}":
-        raise DataError(
-            f"{path}: says {version} {count} but '{IDX_VERSION} {len(lines)}' is right; index the shard again"
-        )
-    return MemberIndex(path, lines)
+    line_ends = array("Q", (match.end() for match in re.finditer(rb"\n", content)))
+    header = content[: line_ends[0]].decode(errors="replace").rstrip("\n") if line_ends else ""
+    right = f"{IDX_VERSION} {max(0, len(line_ends) - 1)}"
+    if header != right:
+        raise DataError(f"{path}: begins with {header[:80]!r} where {right!r} is right; write the shard set again")
+    return MemberIndex(path, line_ends)

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+# Places outside its window that are tried for a bad sample. If all are bad, that is no accident.
+FAR_SUBSTITUTES = 64
 
 
 def hash64(*parts: int) -> int:
@@ -140,17 +142,17 @@ class SampleOrder:
         return self._tape(window.epoch).refs(places)
 
     def substitutes(self, place: Place) -> Iterator[Place]:
-        """The rest of the window, then the following windows of the lane, each wrapping around.
+        """The rest of the window, wrapping around; then places that a hash picks from the whole epoch.
 
-        The rule knows nothing of ranks or workers, so a bad sample has the same substitute everywhere.
+        The rule knows nothing of ranks or workers, so a bad sample has the same substitute everywhere. A whole
+        shard may be bad, and the lanes beside with it, so places farther away are not the neighbouring ones.
         """
         window, offset = place
         length = self._length(window)
         yield from (Place(window, (offset + k) % length) for k in range(1, length))
-        windows = self._num_windows(window.lane)
-        for k in range(1, windows):
-            other = window._replace(number=(window.number + k) % windows)
-            yield from (Place(other, draw) for draw in range(self._length(other)))
+        start = window.epoch * self.num_samples
+        for k in range(FAR_SUBSTITUTES):
+            yield self.locate(start + hash64(self.seed, *window, offset, k) % self.num_samples)
 
     def _first_window(self, lane: int) -> int:
         # Neighbouring lanes belong to one rank; staggered first windows spread their reads over the steps.
@@ -158,10 +160,6 @@ class SampleOrder:
 
     def _lane_length(self, lane: int) -> int:
         return (self.num_samples - lane + self.lanes - 1) // self.lanes
-
-    def _num_windows(self, lane: int) -> int:
-        rest = self._lane_length(lane) - self._first_window(lane)
-        return 1 + max(0, -(-rest // self.window_size))
 
     def _bounds(self, window: WindowId) -> tuple[int, int]:
         first = self._first_window(window.lane)

@@ -16,8 +16,8 @@ from vitscale.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 TAR_BLOCK = 512
-# Open member indexes: a rank walks one shard per lane of its own at a time.
-OPEN_INDEXES = 256
+# Open member indexes: a rank walks one shard for each of its lanes at a time. Each takes 8 bytes per sample.
+OPEN_INDEXES = 2048
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ShardStream:
         """One read for neighbouring samples of one tar."""
         info = self.manifest.shards[shard]
         index = self._open_index(shard)
-        members = [index[ref.sample] for ref in refs]
+        members = index[refs[0].sample : refs[-1].sample + 1]
         start = min(m.offset for m in members[0]) - TAR_BLOCK
         end = min(max(m.offset + m.size for m in members[-1]), info.num_bytes)
         try:

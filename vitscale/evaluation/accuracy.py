@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from torchmetrics.functional.classification import multiclass_stat_scores
 
 from vitscale.config.schema import DataConfig
 from vitscale.data.loader import Batch, BatchLoader, evaluation_recipe
-from vitscale.data.manifest import Manifest, check_files
+from vitscale.data.manifest import Manifest, check_files, check_same_classes, read_manifest
 from vitscale.data.order import SequentialOrder, evaluation_positions
 from vitscale.data.stream import ShardStream
 from vitscale.distributed import Ranks
-from vitscale.errors import DataError
+from vitscale.errors import DataError, on_every_rank
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Accuracy:
     @property
     def top1(self) -> float:
         """Share of images whose best class is right."""
-        return self.correct / max(1, self.images)
+        return self.correct / self.images
 
     @property
     def top5(self) -> float:
         """Share of images whose class is among the best five (or all, if there are fewer)."""
-        return self.correct_top5 / max(1, self.images)
+        return self.correct_top5 / self.images
 
     def to_json(self) -> dict[str, float | int]:
         """Plain data for records."""
@@ -61,6 +62,9 @@ def evaluate_accuracy(
 
     Returns:
         The accuracy, or ``None`` if it was given up.
+
+    Raises:
+        DataError: no image can be read.
     """
     counts = torch.zeros(4, dtype=torch.int64)
     # Not inference_mode: ZeRO 3 keeps the parameters that it gathers here, and training goes on with them.
@@ -82,7 +86,12 @@ def evaluate_accuracy(
             counts[3] += len(batch.quarantined)
             if is_stopping():
                 return None
-    return Accuracy(*ranks.sum_ints(counts.tolist()))
+    accuracy = Accuracy(*ranks.sum_ints(counts.tolist()))
+    if not accuracy.images:
+        raise on_every_rank(
+            DataError(f"none of {accuracy.unreadable} images can be read; write the shard set again and evaluate anew")
+        )
+    return accuracy
 
 
 def _correct(logits: Tensor, labels: Tensor, num_classes: int, top_k: int) -> int:
@@ -95,21 +104,34 @@ def _correct(logits: Tensor, labels: Tensor, num_classes: int, top_k: int) -> in
     return int(scores[0])  # true positives
 
 
-def open_evaluation_set(manifest: Manifest, num_classes: int) -> Manifest:
-    """Check a shard set before it is evaluated on.
+def open_evaluation_set(
+    folder: Path, *, num_classes: int | None = None, classes: Sequence[str] | None = None, of: str = "the training set"
+) -> Manifest:
+    """Read and check a shard set before it is evaluated on.
+
+    Args:
+        folder: of the shard set.
+        num_classes: outputs of the head that is evaluated, if there is one.
+        classes: what the labels have to mean, if it is known.
+        of: where ``classes`` come from.
 
     Raises:
-        DataError: its files do not match its index, its images have several labels, or it has more classes
-            than the head.
+        DataError: its files do not match its index, its images have several labels, it has more classes than the
+            head, or its labels mean something else.
     """
+    manifest = read_manifest(folder)
     check_files(manifest)
     if manifest.multi_label:
-        raise DataError(f"{manifest.folder}: images have several labels; top-1 accuracy needs one per image")
-    if manifest.classes is not None and len(manifest.classes) > num_classes:
+        raise DataError(
+            f"{manifest.folder}: images have several labels; accuracy and few-shot need one per image: "
+            f"name a single-label set, or leave data.eval out"
+        )
+    if manifest.classes is not None and num_classes is not None and len(manifest.classes) > num_classes:
         raise DataError(
             f"{manifest.folder}: has {len(manifest.classes)} classes, but the model's head has {num_classes} outputs; "
             f"evaluate on a set with the classes of the training set"
         )
+    check_same_classes(manifest, classes, of=of)
     return manifest
 
 

@@ -13,7 +13,7 @@ from vitscale.checkpoint.store import Checkpoint, open_checkpoint
 from vitscale.config.loader import load_config
 from vitscale.config.schema import EngineConfig, TrainConfig
 from vitscale.data.loader import value_range
-from vitscale.data.manifest import Manifest, read_manifest
+from vitscale.data.manifest import Manifest
 from vitscale.distributed import Ranks, connect
 from vitscale.errors import CheckpointError, ConfigError, on_every_rank
 from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches, open_evaluation_set
@@ -36,7 +36,8 @@ def evaluate_run(
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
         config = ranks.on_main(lambda: read_run_config(run))
-        checkpoint, manifest = ranks.on_main(lambda: (_open(run, step), _evaluation_set(config, data)))
+        checkpoint = ranks.on_main(lambda: open_checkpoint(run / "checkpoints", step))
+        manifest = ranks.on_main(lambda: _evaluation_set(config, data, checkpoint))
         model = load_model(config, checkpoint, ranks)
         accuracy = evaluate_accuracy(
             _in_value_range(model, ranks),
@@ -74,8 +75,10 @@ def fewshot_run(
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
         config = ranks.on_main(lambda: read_run_config(run))
-        checkpoint, train_set, test_set = ranks.on_main(
-            lambda: (_open(run, step), _labelled_set(train_data), _labelled_set(test_data))
+        checkpoint = ranks.on_main(lambda: open_checkpoint(run / "checkpoints", step))
+        train_set = ranks.on_main(lambda: open_evaluation_set(train_data))
+        test_set = ranks.on_main(
+            lambda: open_evaluation_set(test_data, classes=train_set.classes, of=f"the shots of {train_data}")
         )
         model = load_model(config, checkpoint, ranks)
 
@@ -137,17 +140,9 @@ def _in_value_range(function: Callable[[Tensor], Tensor], ranks: Ranks) -> Calla
     return lambda images: function(value_range(images.to(ranks.device)))
 
 
-def _open(run: Path, step: int | None) -> Checkpoint:
-    return open_checkpoint(run / "checkpoints", step)
-
-
-def _evaluation_set(config: TrainConfig, data: Path | None) -> Manifest:
+def _evaluation_set(config: TrainConfig, data: Path | None, checkpoint: Checkpoint) -> Manifest:
     folder = data or config.data.eval
     if folder is None:
         raise ConfigError("the run has no data.eval; name a shard set with --data")
-    return open_evaluation_set(read_manifest(folder), config.model.num_classes)
-
-
-def _labelled_set(folder: Path) -> Manifest:
-    manifest = read_manifest(folder)
-    return open_evaluation_set(manifest, len(manifest.classes) if manifest.classes else 1 << 62)
+    classes = checkpoint.content["classes"]
+    return open_evaluation_set(folder, num_classes=config.model.num_classes, classes=classes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from vitscale.checkpoint.engine_state import commit_state, restore_state
@@ -23,16 +24,18 @@ from vitscale.data.manifest import Manifest, check_files, read_manifest
 from vitscale.data.order import SampleOrder, train_positions
 from vitscale.data.stream import ShardStream
 from vitscale.distributed import Ranks, connect
-from vitscale.errors import DataError, DivergenceError, Interrupted, on_every_rank
+from vitscale.errors import Interrupted, on_every_rank
 from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches, open_evaluation_set
 from vitscale.models.init import initialize
 from vitscale.models.vit import build_vit
 from vitscale.plan import RunPlan
 from vitscale.topology import Topology
 from vitscale.train.engine import build_engine, model_input, train_step
-from vitscale.train.metrics import MetricLog, announce
-from vitscale.train.run_folder import open_run
+from vitscale.train.health import check_health
+from vitscale.train.metrics import MetricLog
+from vitscale.train.run_folder import RunLock, open_run
 from vitscale.train.schedule import learning_rate
+from vitscale.train.screen import announce
 from vitscale.train.signals import StopRequest
 
 
@@ -44,9 +47,13 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
         VitscaleError: anything else that the user can mend.
     """
     with connect(topology, timeout_s=config.engine.timeout_s) as ranks:
+        # Each rank has read the file for itself; they must not disagree if it was just changed.
+        config = ranks.on_main(lambda: config)
         train_set = ranks.on_main(lambda: open_training_set(config))
         plan = ranks.on_main(lambda: RunPlan.create(config, ranks.world_size, train_set))
-        eval_set = ranks.on_main(lambda: open_held_out_set(config))
+        eval_set = ranks.on_main(lambda: open_held_out_set(config, train_set))
+        lock = RunLock(config.run)
+        ranks.on_main(lock.take)
         attempt = ranks.on_main(lambda: open_run(config, plan, say=announce))
 
         model = build_vit(config.model, config.data.image_hw)
@@ -55,13 +62,15 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
         store = CheckpointStore(config.run / "checkpoints", ranks, keep=config.checkpoint.keep)
         restored = restore_state(store, engine, data_digest=train_set.digest)
         state = restored or TrainState()
+        commit = partial(commit_state, store, engine, data_digest=train_set.digest, classes=train_set.classes)
 
         batches = train_batches(config, plan, train_set, ranks, first_step=state.step)
         with MetricLog(config, plan, ranks, state, attempt) as log:
             log.start(resumed=restored is not None)
             stopping = False
             while not stopping:
-                if evaluation_due(state, plan, eval_set, log):
+                # Before the step, so that an attempt makes up for an evaluation that its predecessor did not finish.
+                if eval_set and evaluation_due(state, plan, log):
                     stopping = evaluate(engine, config, eval_set, state, log, ranks, stop)
                 if stopping or state.step == plan.total_steps:
                     break
@@ -86,9 +95,12 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
 
                 stopping = stop_votes > 0
                 if is_due(state.step, plan.checkpoint_every) or state.step == plan.total_steps:
-                    commit_state(store, engine, state, data_digest=train_set.digest)
-            if stopping:
-                commit_state(store, engine, state, data_digest=train_set.digest)
+                    log.sync()
+                    commit(state)
+            log.sync()
+            commit(state)  # nothing to do if this step is committed already
+            if not stopping:
+                log.finish(state)
     if stopping:
         raise on_every_rank(
             Interrupted(
@@ -106,11 +118,11 @@ def open_training_set(config: TrainConfig) -> Manifest:
     return manifest
 
 
-def open_held_out_set(config: TrainConfig) -> Manifest | None:
-    """The same for the set that is evaluated on, if there is one."""
+def open_held_out_set(config: TrainConfig, train_set: Manifest) -> Manifest | None:
+    """The same for the set that is evaluated on, if there is one. Its labels must mean what they mean in training."""
     if config.data.eval is None:
         return None
-    return open_evaluation_set(read_manifest(config.data.eval), config.model.num_classes)
+    return open_evaluation_set(config.data.eval, num_classes=config.model.num_classes, classes=train_set.classes)
 
 
 def train_batches(
@@ -147,10 +159,8 @@ def train_batches(
     )
 
 
-def evaluation_due(state: TrainState, plan: RunPlan, eval_set: Manifest | None, log: MetricLog) -> bool:
+def evaluation_due(state: TrainState, plan: RunPlan, log: MetricLog) -> bool:
     """After the last step always, before that at the plan's cadence; once for each step, also across attempts."""
-    if eval_set is None:
-        return False
     is_last = state.step == plan.total_steps
     # An evaluation shortly before the last one would tell nothing new.
     near_the_end = 4 * (plan.total_steps - state.step) < (plan.evaluate_every or 0)
@@ -161,14 +171,13 @@ def evaluation_due(state: TrainState, plan: RunPlan, eval_set: Manifest | None, 
 def evaluate(
     engine: Any,
     config: TrainConfig,
-    eval_set: Manifest | None,
+    eval_set: Manifest,
     state: TrainState,
     log: MetricLog,
     ranks: Ranks,
     stop: StopRequest,
 ) -> bool:
     """Evaluate and record. Returns whether a stop was requested meanwhile, on all ranks alike."""
-    assert eval_set is not None
     start = time.perf_counter()
     engine.eval()
     accuracy = evaluate_accuracy(
@@ -189,27 +198,3 @@ def evaluate(
         return True
     log.evaluation(state, accuracy.to_json(), time.perf_counter() - start)
     return False
-
-
-def check_health(state: TrainState, config: TrainConfig, plan: RunPlan) -> None:
-    """Stop a run that is not worth going on with. The state is the same on all ranks, and so is the decision.
-
-    Raises:
-        DataError: more bad samples than the budget allows.
-        DivergenceError: too many updates in a row were skipped.
-    """
-    budget = plan.bad_sample_budget(state.examples_seen)
-    if state.quarantined > budget:
-        raise on_every_rank(
-            DataError(
-                f"{state.quarantined} bad samples by step {state.step}; data.max_bad_samples and data.max_bad_share "
-                f"allow {budget}; see {config.run / 'quarantine.jsonl'}, mend the shard set or raise the budget"
-            )
-        )
-    if state.skipped_in_a_row >= config.engine.max_skipped_steps:
-        raise on_every_rank(
-            DivergenceError(
-                f"gradients were not finite in {state.skipped_in_a_row} steps in a row up to step {state.step} "
-                f"(engine.max_skipped_steps); lower optim.lr, lengthen schedule.warmup, or use precision fp32"
-            )
-        )

@@ -1,14 +1,9 @@
-"""What a run reports: metrics.jsonl, quarantine.jsonl, and a progress bar or plain lines."""
+"""What a run records: metrics.jsonl and quarantine.jsonl."""
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vitscale.checkpoint.state import TrainState
 from vitscale.config.duration import is_due
@@ -19,13 +14,14 @@ from vitscale.plan import RunPlan
 from vitscale.train.engine import StepResult
 from vitscale.train.hardware import peak_flops
 from vitscale.train.run_folder import StepRecords
+from vitscale.train.screen import Screen
 
 
 class MetricLog:
     """Records and shows a run. Rank 0 writes; :meth:`step` is collective at the steps that are recorded."""
 
     def __init__(self, config: TrainConfig, plan: RunPlan, ranks: Ranks, state: TrainState, attempt: int) -> None:
-        self._plan, self._ranks, self._attempt = plan, ranks, attempt
+        self._plan, self._ranks, self._attempt, self._run = plan, ranks, attempt, config.run
         self._started_at = state.step
         # The table is of bf16; fp32 runs on other units.
         self._peak_flops = peak_flops(ranks.device) if config.engine.precision == "bf16" else None
@@ -62,6 +58,17 @@ class MetricLog:
             self.say(f"attempt {self._attempt}: continuing from the checkpoint of step {self._started_at}")
         else:
             self.say(f"attempt {self._attempt}: starting from scratch")
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk: a checkpoint must not outlive the records of its steps."""
+        for records in (self._metrics, self._quarantine):
+            if records:
+                records.sync()
+
+    def finish(self, state: TrainState) -> None:
+        """Say that the run is complete."""
+        work = "was finished before; nothing was left to do" if state.step == self._started_at else "is finished"
+        self.say(f"the run {work}: step {state.step}, {state.examples_seen:,} images seen; see {self._run}")
 
     def say(self, text: str) -> None:
         """Show a line on rank 0."""
@@ -146,58 +153,3 @@ class MetricLog:
             return None
         needed = images_per_s * 3 * self._plan.forward_flops
         return round(needed / (self._peak_flops * self._plan.world_size), 4)
-
-
-def announce(text: str) -> None:
-    """Print one line on stderr, before a run's log is open."""
-    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-class Screen:
-    """A progress bar on a terminal, plain lines in a log file. Written to stderr."""
-
-    def __init__(self, total_steps: int) -> None:
-        self._console = Console(stderr=True)
-        self._total = total_steps
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.fields[shown]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-
-    def start(self, step: int) -> None:
-        """Show the bar at its place."""
-        if self._bar:
-            self._task = self._bar.add_task("", total=self._total, completed=step, shown="")
-            self._bar.start()
-
-    def advance(self, step: int) -> None:
-        """Move the bar."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
-
-    def step(self, record: dict[str, Any]) -> None:
-        """Show a record."""
-        utilisation = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
-        shown = (
-            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.3f}  "
-            f"{record['images_per_s']:,.0f} images/s  data wait {record['data_wait_share']:.0%}{utilisation}"
-        )
-        if self._bar:
-            self._bar.update(self._task, shown=shown)
-        else:
-            self.line(f"step {record['step']}/{self._total}  {shown}")
-
-    def line(self, text: str) -> None:
-        """Print one line, above the bar if there is one."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar:
-            self._bar.stop()

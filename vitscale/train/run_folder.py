@@ -5,6 +5,7 @@ Writes ``config.yaml``, ``plan.json`` and ``attempts.jsonl``. A *run* is the fol
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,10 +19,11 @@ from vitscale.checkpoint.store import step_names
 from vitscale.config.loader import load_config
 from vitscale.config.reference import KeyChange, diff_configs, dump_config
 from vitscale.config.schema import TrainConfig
-from vitscale.durable import publish_text, sync_folder
-from vitscale.errors import ConfigError
+from vitscale.durable import Lock, publish_text, sync_folder
+from vitscale.errors import ConfigError, LaunchError
 from vitscale.plan import RunPlan
 
+LOCK_PATIENCE_S = 10.0
 # Keys whose change leaves the sequence of global batches and updates as it was.
 FREE_KEYS = (
     "run",
@@ -35,7 +37,9 @@ FREE_KEYS = (
     "data.max_bad_share",
     "model.activation_checkpointing",
     "model.attention",
-    "engine",
+    "engine.zero_stage",
+    "engine.timeout_s",
+    "engine.max_skipped_steps",
     "checkpoint",
     "evaluation",
     "log",
@@ -49,8 +53,8 @@ def open_run(config: TrainConfig, plan: RunPlan, *, say: Callable[[str], None]) 
         ConfigError: the folder cannot be written, or belongs to a run with another configuration.
     """
     run = config.run
+    config = _with_absolute_paths(config)
     try:
-        run.mkdir(parents=True, exist_ok=True)
         _check_config(config, say)
         publish_text(run / "config.yaml", dump_config(config))
         publish_text(run / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
@@ -59,9 +63,7 @@ def open_run(config: TrainConfig, plan: RunPlan, *, say: Callable[[str], None]) 
         sync_folder(run.parent)
         return attempt
     except OSError as error:
-        raise ConfigError(
-            f"run: cannot write to {run}: {error.strerror}; choose another folder with run=..."
-        ) from error
+        raise _cannot_write(run, error) from error
 
 
 def _check_config(config: TrainConfig, say: Callable[[str], None]) -> None:
@@ -75,10 +77,18 @@ def _check_config(config: TrainConfig, say: Callable[[str], None]) -> None:
         listed = "\n".join(f"  {change}" for change in refused)
         raise ConfigError(
             f"run: {config.run} belongs to a run with another configuration:\n{listed}\n"
-            f"going on would not continue that run; take these values back, or choose another folder with run=..."
+            f"going on would not continue that run; take these values back, remove the folder to start anew, or choose "
+            f"another one with run=..."
         )
     for change in changes:
         say(f"changed since the last attempt: {change}")
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """So that commands on the run find its data from any folder."""
+    held_out = config.data.eval and config.data.eval.absolute()
+    data = dataclasses.replace(config.data, train=config.data.train.absolute(), eval=held_out)
+    return dataclasses.replace(config, run=config.run.absolute(), data=data)
 
 
 def _is_free(change: KeyChange) -> bool:
@@ -100,6 +110,44 @@ def _note_attempt(run: Path, plan: RunPlan) -> int:
     return number
 
 
+class RunLock:
+    """Keeps a second start of the same run out, for as long as the process of rank 0 lives."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._lock = Lock(run / ".lock")
+
+    def take(self) -> None:
+        """Take the lock.
+
+        Raises:
+            LaunchError: another attempt is running.
+            ConfigError: the folder cannot be written.
+        """
+        try:
+            self._run.mkdir(parents=True, exist_ok=True)
+            # Ranks that were just killed may take a moment to be gone.
+            taken = self._lock.take(patience_s=LOCK_PATIENCE_S)
+        except OSError as error:
+            raise _cannot_write(self._run, error) from error
+        if not taken:
+            raise LaunchError(
+                f"run: {self._run} is being trained by another attempt ({_last_attempt(self._run)}); "
+                f"wait for it, stop it, or choose another folder with run=..."
+            )
+
+
+def _last_attempt(run: Path) -> str:
+    lines = (run / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(lines[-1])
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["started_unix_s"]))
+    return f"attempt {last['attempt']} on {last['host']} since {since}"
+
+
+def _cannot_write(run: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"run: cannot write to {run}: {error.strerror}; choose another folder with run=...")
+
+
 class StepRecords:
     """A JSON-lines file whose records carry ``step``. Records of steps that are repeated after a resume move to
     ``<name>.rolled_back.jsonl``, so that the file reads as one uninterrupted run."""
@@ -113,6 +161,10 @@ class StepRecords:
         """Write one record; it is on its way to the disk when this returns. Numbers that are not finite become null."""
         self._file.write(_to_line(record))
         self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until the records are on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -101,6 +101,20 @@ def test_an_evaluation_set_with_more_classes_than_the_head(config: Path, shards:
         check_run(config, [], world_size=1)
 
 
+def test_an_evaluation_set_with_other_classes(config: Path, shards: Path) -> None:
+    path = shards / "val" / "index.json"
+    index = json.loads(path.read_text())
+    index["vitscale"]["classes"].reverse()
+    path.write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"val: label 0 is 'class2', but 'class0' in the training set; write both sets"):
+        check_run(config, [], world_size=1)
+
+
+def test_a_warmup_that_outlasts_the_run(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"schedule\.warmup: 21 steps comes to 21 steps, but the run has 20"):
+        check_run(config, ["schedule.warmup={steps: 21}"], world_size=1)
+
+
 def test_a_training_set_with_more_classes_than_the_head(config: Path, shards: Path) -> None:
     _add_a_class(shards / "train")
     with pytest.raises(ConfigError, match=r"set model\.num_classes=4"):

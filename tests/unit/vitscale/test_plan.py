@@ -106,7 +106,7 @@ def test_accumulation_makes_the_global_batch(micro_batches: int, micro_batch_siz
     ],
 )
 def test_length_in_each_unit(duration: Duration, steps: int) -> None:
-    assert plan(duration=duration).total_steps == steps
+    assert plan(duration=duration, schedule=ScheduleConfig(warmup=Duration(steps=7))).total_steps == steps
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,12 @@ def test_cadences_in_each_unit(every: Duration, steps: int) -> None:
 
 
 def test_a_warmup_that_outlasts_the_run_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"schedule.warmup: 5000 steps comes to 5000 steps, but the run has \d+"):
-        plan(schedule=ScheduleConfig(warmup=Duration(steps=5000)))
+    assert refusal(schedule=ScheduleConfig(warmup=Duration(examples=201 * 16))) == (
+        "schedule.warmup: 3216 examples comes to 201 steps, but the run has 200, so optim.lr would never be reached; "
+        "shorten the warm-up or give it in percent"
+    )
+    for longest in (Duration(steps=200), Duration(examples=201 * 16 - 1), Duration(percent=100)):
+        assert plan(schedule=ScheduleConfig(warmup=longest)).warmup_steps == 200
 
 
 def test_no_warmup_and_no_evaluation() -> None:
@@ -145,7 +149,7 @@ def test_a_cadence_of_no_step(key: str) -> None:
     message = refusal(**{key.split(".")[0]: section(every=Duration(examples=15))})
     assert message == (
         f"{key}: 15 examples comes to no step at 16 images per step and 1000 images per epoch; "
-        f"at least one step is needed"
+        f"give it in steps, make it longer, or lower global_batch_size"
     )
     assert refusal(**{key.split(".")[0]: section(every=Duration(percent=0.4))}).startswith(f"{key}: 0.4 percent comes")
 
@@ -188,8 +192,15 @@ def test_bad_samples_are_limited_by_count_and_share() -> None:
     assert made.bad_sample_budget(0) == 1
     assert made.bad_sample_budget(999) == 1
     assert made.bad_sample_budget(3000) == 3
-    assert made.bad_sample_budget(10**6) == 5
+    assert made.bad_sample_budget(10**6) == 1000
     assert plan(data={"max_bad_share": 0.0}).bad_sample_budget(10**6) == 0
+
+
+def test_the_count_of_bad_samples_is_allowed_anew_in_every_epoch() -> None:
+    made = plan(data={"max_bad_samples": 5, "max_bad_share": 1.0})
+    seen = (0, 1, 1000, 1001, 2000, 2001, 10**6)
+    assert [made.bad_sample_budget(examples) for examples in seen] == [5, 5, 5, 10, 10, 15, 5000]
+    assert plan(data={"max_bad_samples": 0, "max_bad_share": 1.0}).bad_sample_budget(10**6) == 0
 
 
 def test_plan_is_plain_data_and_a_table() -> None:

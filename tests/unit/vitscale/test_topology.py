@@ -115,13 +115,13 @@ def test_a_nodelist_without_host(nodelist: str) -> None:
     assert str(caught.value) == (f"SLURM_STEP_NODELIST {nodelist!r} names no host; set MASTER_ADDR to rank 0's host")
 
 
-@pytest.mark.parametrize("name", [*TORCHRUN.keys() - {"GROUP_RANK"}])
+@pytest.mark.parametrize("name", sorted(TORCHRUN.keys() - {"GROUP_RANK"}))
 def test_a_missing_variable_of_torchrun(name: str) -> None:
     message = refusal({k: v for k, v in TORCHRUN.items() if k != name})
     assert message == f"{name} is not set; start the ranks with --nproc, torchrun or srun, which set it"
 
 
-@pytest.mark.parametrize("name", [*SRUN.keys() - JOB.keys() - {"SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"}])
+@pytest.mark.parametrize("name", sorted(SRUN.keys() - JOB.keys() - {"SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"}))
 def test_a_missing_variable_of_srun(name: str) -> None:
     assert refusal({k: v for k, v in SRUN.items() if k != name}).startswith(f"{name} is not set; ")
 

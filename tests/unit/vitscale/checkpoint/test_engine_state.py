@@ -12,7 +12,7 @@ import vitscale.checkpoint.engine_state as engine_state
 from tests.helpers.distributed import run_ranks
 from vitscale.checkpoint.engine_state import commit_state, restore_state
 from vitscale.checkpoint.state import TrainState
-from vitscale.checkpoint.store import CheckpointStore
+from vitscale.checkpoint.store import CheckpointStore, open_checkpoint
 from vitscale.distributed import connect
 from vitscale.errors import CheckpointError
 from vitscale.topology import Topology
@@ -53,7 +53,7 @@ def _restore(topology: Topology, folder: Path) -> None:
         store = CheckpointStore(folder, ranks, keep=2)
         assert restore_state(store, engine, data_digest="d") is None
         ranks.barrier()
-        commit_state(store, engine, STATE, data_digest="d")
+        commit_state(store, engine, STATE, data_digest="d", classes=("cat", "dog"))
         assert restore_state(store, engine, data_digest="d") == STATE
         assert reads == [(["rank-00000.safetensors", "rank-00001.safetensors"], 4)]
         assert pushes == [engine]
@@ -78,6 +78,26 @@ def _restore(topology: Topology, folder: Path) -> None:
         assert raised.value.agreed
         # No rank goes on to exchange weights with one that has none.
         assert len(pushes) == 1
+
+
+def _commit(topology: Topology, folder: Path) -> None:
+    engine_state.parameter_shapes = lambda engine: SHAPES
+    engine_state.optimizer_steps = lambda engine: 4
+    engine_state.write_fragments = lambda engine, path: path.write_text("fragments")
+    engine: Any = SimpleNamespace(world_size=1, zero_optimization_stage=lambda: 2)
+    with connect(topology, timeout_s=60) as ranks:
+        store = CheckpointStore(folder, ranks, keep=2)
+        for step, classes in enumerate((("cat", "dog"), None), start=1):
+            commit_state(store, engine, TrainState(step=step), data_digest="d", classes=classes)
+
+
+def test_a_checkpoint_tells_what_it_is_of(tmp_path: Path) -> None:
+    run_ranks(_commit, 1, tmp_path / "checkpoints")
+    named, unnamed = (open_checkpoint(tmp_path / "checkpoints", step).content for step in (1, 2))
+    assert (named["classes"], unnamed["classes"]) == (["cat", "dog"], None)
+    for content in (named, unnamed):
+        assert (content["data_digest"], content["parameters"], content["optimizer_steps"]) == ("d", SHAPES, 4)
+        assert (content["world_size"], content["zero_stage"]) == (1, 2)
 
 
 def test_restore_refuses_what_does_not_fit_on_all_ranks_alike(tmp_path: Path) -> None:

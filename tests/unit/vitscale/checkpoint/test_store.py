@@ -463,12 +463,13 @@ def test_folders_are_synced_where_the_file_system_can(store: CheckpointStore, mo
     assert events == [
         "sync ",
         f"sync {staging}/{RANK_0}",
-        f"sync {staging}/manifest.json",
+        f"sync {staging}/.manifest.json.tmp",
+        f"rename {staging}/.manifest.json.tmp",
         f"sync {staging}",
         f"rename {staging}",
-        "sync checkpoints/.latest",
         "sync checkpoints",
-        "rename checkpoints/.latest",
+        "sync checkpoints/.latest.tmp",
+        "rename checkpoints/.latest.tmp",
         "sync checkpoints",
     ]
 

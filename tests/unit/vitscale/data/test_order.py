@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitscale.data.order import (
+    FAR_SUBSTITUTES,
     Place,
     SampleOrder,
     SampleRef,
@@ -32,6 +33,8 @@ from vitscale.data.order import (
     permutation,
     train_positions,
 )
+
+T = TypeVar("T")
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "sample_order.json"
 
@@ -89,18 +92,37 @@ def lane_windows(
     return result
 
 
+def in_turn(queues: list[deque[T]]) -> list[T]:
+    """All lanes give one each, in turn, until all are empty."""
+    order = []
+    while any(queues):
+        order += [queue.popleft() for queue in queues if queue]
+    return order
+
+
 def whole_epoch(shard_sizes: list[int], seed: int, lanes: int, window: int, epoch: int) -> list[tuple[int, int]]:
-    """Every lane shuffles its windows; then all lanes give one sample each, in turn, until all are empty."""
+    """Every lane shuffles its windows; then the lanes give their samples in turn."""
     queues = []
     for lane, windows in enumerate(lane_windows(shard_sizes, seed, lanes, window, epoch)):
         draws = [
             piece[i] for number, piece in enumerate(windows) for i in shuffled(len(piece), seed, epoch, lane, number)
         ]
         queues.append(deque(draws))
-    order = []
-    while any(queues):
-        order += [queue.popleft() for queue in queues if queue]
-    return order
+    return in_turn(queues)
+
+
+def places_of_epoch(shard_sizes: list[int], seed: int, lanes: int, window: int, epoch: int) -> list[Place]:
+    """The place of every index of an epoch."""
+    return in_turn(
+        [
+            deque(
+                Place(WindowId(epoch, lane, number), offset)
+                for number, piece in enumerate(windows)
+                for offset in range(len(piece))
+            )
+            for lane, windows in enumerate(lane_windows(shard_sizes, seed, lanes, window, epoch))
+        ]
+    )
 
 
 def sample_at(order: SampleOrder | SequentialOrder, position: int) -> SampleRef:
@@ -296,27 +318,79 @@ def test_permutations_of_four_are_equally_frequent() -> None:
 
 @examples
 @given(orders, st.integers(0, 2), st.data())
-def test_substitutes_walk_the_lane_once(kwargs: dict[str, Any], epoch: int, data: st.DataObject) -> None:
+def test_substitutes_are_the_rest_of_the_window_then_64_places_of_the_epoch(
+    kwargs: dict[str, Any], epoch: int, data: st.DataObject
+) -> None:
     order = SampleOrder(**kwargs)
-    index = data.draw(st.integers(0, order.num_samples - 1))
-    place = order.locate(epoch * order.num_samples + index)
-    lane, number = place.window.lane, place.window.number
-    lengths = [len(w) for w in lane_windows(**kwargs, epoch=epoch)[lane]]
+    places = places_of_epoch(**kwargs, epoch=epoch)
+    index = data.draw(st.integers(0, len(places) - 1))
+    place = order.locate(epoch * len(places) + index)
+    assert place == places[index]
 
-    # The rest of the window and round to its start; then the other windows in turn, and round to the first.
-    own = deque(range(lengths[number]))
-    own.rotate(-place.offset)
-    own.popleft()
-    expected = [(number, draw) for draw in own]
-    others = deque(range(len(lengths)))
-    others.rotate(-number)
-    others.popleft()
-    expected += [(n, draw) for n in others for draw in range(lengths[n])]
+    lane, number, offset = *place.window[1:], place.offset
+    own = deque(p for p in sorted(places) if p.window == place.window)
+    own.rotate(-offset)
+    assert own.popleft() == place
+    far = [places[mixed(kwargs["seed"], epoch, lane, number, offset, k) % len(places)] for k in range(64)]
 
     drawn = list(order.substitutes(place))
-    assert drawn == [Place(WindowId(epoch, lane, n), draw) for n, draw in expected]
-    assert place not in drawn
-    assert len(set(drawn)) == len(drawn) == sum(lengths) - 1
+    assert drawn == [*own, *far]
+    # The rest of the window comes once, and before anything else is read.
+    assert place not in drawn[: len(own)]
+    assert len({*drawn[: len(own)]}) == len(own)
+
+
+@pytest.mark.parametrize(("sizes", "lanes"), [([1], 1), ([1], 8), ([3, 2], 5), ([3, 2], 8)])
+def test_a_lane_of_one_sample_has_substitutes_in_other_lanes(sizes: list[int], lanes: int) -> None:
+    order = SampleOrder(sizes, seed=3, lanes=lanes, window=4)
+    for index in range(sum(sizes)):
+        place = order.locate(index)
+        assert len(order.window(place.window)) == 1
+        drawn = list(order.substitutes(place))
+        assert len(drawn) == FAR_SUBSTITUTES
+        # So many draws of so few samples meet them all.
+        assert set(drawn) == {order.locate(n) for n in range(sum(sizes))}
+
+
+def test_far_substitutes_are_spread_over_the_shards() -> None:
+    sizes = [50] * 40
+    order = SampleOrder(sizes, seed=11, lanes=16, window=8)
+    window_of = order.window
+    counts: Counter[int] = Counter()
+    firsts = []
+    for epoch in (0, 1):
+        for index in range(order.num_samples):
+            place = order.locate(epoch * order.num_samples + index)
+            far = list(order.substitutes(place))[-FAR_SUBSTITUTES:]
+            assert {p.window.epoch for p in far} == {epoch}
+            firsts.append(far[0])
+            if index % 20 == 0:
+                shards = [window_of(p.window)[p.offset].shard for p in far]
+                # 64 draws of 40 shards meet 32 of them on average, with a deviation of 2.1.
+                assert len(set(shards)) >= 21
+                counts.update(shards)
+    drawn = counts.total()
+    assert drawn == 200 * FAR_SUBSTITUTES
+    chi_squared = sum((counts[shard] - drawn / 40) ** 2 / (drawn / 40) for shard in range(40))
+    assert chi_squared < 80  # 39 degrees of freedom: exceeded once in 9000 unrelated seeds
+    # No sample makes up for a whole bad shard alone: of n draws from n places, 1 - 1/e are met, and none very often.
+    assert len(set(firsts)) / len(firsts) > 0.6
+    assert max(Counter(firsts).values()) <= 9
+
+
+def test_substitutes_depend_on_seed_and_place_alone() -> None:
+    def drawn(order: SampleOrder, position: int) -> list[tuple[int, int]]:
+        """Shards and samples of the far substitutes."""
+        return [order.window(p.window)[p.offset] for p in list(order.substitutes(order.locate(position)))[-64:]]
+
+    sizes, total = [30, 40, 50, 60], 180
+    one, other = (SampleOrder(sizes, seed=7, lanes=6, window=5) for _ in range(2))
+    positions = range(2 * total)
+    forwards = [drawn(one, p) for p in positions]
+    assert forwards == [drawn(other, p) for p in reversed(positions)][::-1]
+    assert len({tuple(refs) for refs in forwards}) == len(forwards)
+    reseeded = SampleOrder(sizes, seed=8, lanes=6, window=5)
+    assert not any(drawn(reseeded, p) == forwards[p] for p in positions)
 
 
 def test_indexing_billions_of_samples_is_exact_and_quick() -> None:
@@ -396,7 +470,17 @@ def golden_content() -> dict[str, Any]:
             for epoch in (0, 3)
         ],
         "large": {**large, "samples": [[p, sample_at(order, p)] for p in (0, 10**9, 3 * 10**9 - 1, 10**12 + 7)]},
+        "substitutes": [
+            {**case, "position": p, "places": [[*place.window, place.offset] for place in substitutes_at(case, p)]}
+            for case in cases
+            for p in (0, 5, 103)
+        ],
     }
+
+
+def substitutes_at(case: dict[str, Any], position: int) -> list[Place]:
+    order = SampleOrder(**case)
+    return list(order.substitutes(order.locate(position)))
 
 
 def test_the_order_is_pinned() -> None:

@@ -123,6 +123,30 @@ def test_a_stop_gives_up() -> None:
     run_ranks(_gives_up, 1)
 
 
+def _nothing_to_read(topology: Topology) -> None:
+    from vitscale.distributed import connect
+    from vitscale.evaluation.accuracy import evaluate_accuracy
+
+    bad = Batch(
+        images=torch.zeros(2, 3, 2, 2, dtype=torch.uint8),
+        labels=torch.tensor([[-1], [-1]]),
+        mask=torch.tensor([False, False]),
+        keys=["", ""],
+        sample_ids=[-1, -1],
+        quarantined=[FAULT, FAULT],
+    )
+    with connect(topology, timeout_s=60) as ranks:
+        with pytest.raises(DataError) as caught:
+            evaluate_accuracy(lambda images: torch.zeros(len(images), 6), iter([bad]), num_classes=6, ranks=ranks)
+        assert str(caught.value).startswith(f"none of {2 * ranks.world_size} images can be read; write the shard set")
+        assert caught.value.agreed
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_readable_image_is_an_error_of_all_ranks_and_no_accuracy(world_size: int) -> None:
+    run_ranks(_nothing_to_read, world_size)
+
+
 def _reads_set(topology: Topology, arguments: list[str], folder: Path) -> None:
     """A real set with two bad images: counts and features, both in terms of samples."""
     import numpy as np
@@ -170,20 +194,41 @@ def test_a_real_set_counts_the_same_and_in_the_same_order_on_any_number_of_ranks
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"multi_label": True}, "images have several labels; top-1 accuracy needs one per image"),
-        ({"classes": 11}, "has 11 classes, but the model's head has 10 outputs"),
+        ({"multi_label": True}, "images have several labels; accuracy and few-shot need one per image: name a single"),
+        ({"classes": 11}, "has 11 classes, but the model's head has 10 outputs; evaluate on a set with the classes of"),
     ],
 )
 def test_a_set_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        open_evaluation_set(make_shardset(tmp_path, [2], **changes), 10)
+    with pytest.raises(DataError, match=f"^{tmp_path}: {message}"):
+        open_evaluation_set(make_shardset(tmp_path, [2], **changes).folder, num_classes=10)
 
 
 def test_a_set_without_class_names_or_with_fewer_classes_is_taken(tmp_path: Path) -> None:
+    names = [f"class {n}" for n in range(10)]
     for number, classes in enumerate((None, 3, 10)):
         manifest = make_shardset(tmp_path / str(number), [2], classes=classes)
-        assert open_evaluation_set(manifest, 10) is manifest
+        assert open_evaluation_set(manifest.folder, num_classes=10) == manifest
+        assert open_evaluation_set(manifest.folder, num_classes=10, classes=names) == manifest
+    # Without a head there is no number of classes to compare with.
+    assert open_evaluation_set(make_shardset(tmp_path / "many", [2], classes=11).folder).num_samples == 2
+
+
+def test_a_set_with_files_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such shard set"):
+        open_evaluation_set(tmp_path / "none", num_classes=10)
     manifest = make_shardset(tmp_path / "torn", [2])
     (manifest.folder / manifest.shards[0].name).unlink()
     with pytest.raises(DataError, match=r"train-000000.tar is missing"):
-        open_evaluation_set(manifest, 10)
+        open_evaluation_set(manifest.folder, num_classes=10)
+
+
+def test_labels_that_mean_something_else_are_refused(tmp_path: Path) -> None:
+    manifest = make_shardset(tmp_path, [2], classes=3)
+    # In the same number of classes, and where either side has more of them.
+    for names in (["class 0", "class 2", "class 1"], ["class 0", "class 2"], ["class 0", "class 2", "x", "y"]):
+        with pytest.raises(DataError) as caught:
+            open_evaluation_set(tmp_path, num_classes=10, classes=names, of="the shots")
+        assert str(caught.value).startswith(f"{tmp_path}: label 1 is 'class 1', but 'class 2' in the shots; write both")
+    with pytest.raises(DataError, match="but 'x' in the training set"):
+        open_evaluation_set(tmp_path, classes=["x"])
+    assert open_evaluation_set(tmp_path, classes=None) == manifest
