@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.command import Outcome, vitscale, vitscale_on_ranks
-from tests.helpers.runs import CONFIG, overrides
+from tests.helpers.runs import CONFIG, finish, metrics, overrides, start_training, wait_until
 from tests.helpers.shardset import make_shardset
+from vitscale.checkpoint.store import step_names
 
 CONFIG_ERROR, OTHER_ERROR = 2, 1
+TWO_STEPS = ("duration={steps: 2}", "checkpoint.every={steps: 1}", "data.eval=null")
 
 
 def assert_one_message(outcome: Outcome, code: int, *parts: object) -> None:
@@ -40,8 +46,9 @@ def run(tmp_path: Path) -> Path:
 def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with checkpoints of steps 1 and 2."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    outcome = train(digits, run, "duration={steps: 2}", "checkpoint.every={steps: 1}", "data.eval=null")
+    outcome = train(digits, run, *TWO_STEPS)
     assert outcome.code == 0, outcome.errors
+    assert f"the run is finished: step 2, 32 images seen; see {run}\n" in outcome.errors
     return run
 
 
@@ -142,6 +149,26 @@ def test_more_classes_to_evaluate_on_than_the_head_has(digits: Path, run: Path, 
         assert_one_message(outcome, OTHER_ERROR, "has 11 classes", "the model's head has 10 outputs")
 
 
+def test_a_held_out_set_whose_labels_mean_something_else(
+    digits: Path, run: Path, trained: Path, tmp_path: Path
+) -> None:
+    other = make_shardset(tmp_path / "set", [20]).folder
+    for outcome in (train(digits, run, f"data.eval={other}"), vitscale("evaluate", trained, "--data", other)):
+        assert_one_message(outcome, OTHER_ERROR, f"{other}: label 0 is 'class 0', but '0' in the training set", "write")
+    assert not run.exists()
+    outcome = vitscale("fewshot", trained, "--train", digits / "train", "--test", other)
+    assert_one_message(outcome, OTHER_ERROR, f"label 0 is 'class 0', but '0' in the shots of {digits / 'train'}")
+
+
+def test_a_held_out_set_without_a_readable_image(digits: Path, trained: Path, tmp_path: Path) -> None:
+    manifest = make_shardset(tmp_path / "set", [3], parts=lambda n: {"png": b"no image", "cls": b"1"}, classes=None)
+    outcome = vitscale_on_ranks(2, "evaluate", trained, "--data", manifest.folder)
+    assert_one_message(outcome, OTHER_ERROR, "none of 3 images can be read", "write the shard set again")
+    for sets in ((digits / "train", manifest.folder), (manifest.folder, digits / "train")):
+        outcome = vitscale("fewshot", trained, "--train", sets[0], "--test", sets[1], "--shots", "1")
+        assert_one_message(outcome, OTHER_ERROR, f"{manifest.folder}: none of 3 images can be read")
+
+
 def test_a_number_of_ranks_that_does_not_fit(digits: Path, run: Path) -> None:
     outcome = vitscale_on_ranks(3, "train", CONFIG, *overrides(digits, run))
     fitting = "world sizes that fit: 1, 2, 4; start one of these"
@@ -157,16 +184,74 @@ def test_ranks_that_cannot_be_started(digits: Path, run: Path) -> None:
     )
     outcome = vitscale(*arguments, RANK="x", WORLD_SIZE="1", LOCAL_RANK="0")
     assert_one_message(outcome, OTHER_ERROR, "RANK is 'x'; a whole number is needed")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        outcome = vitscale(
+            *arguments, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    assert_one_message(outcome, OTHER_ERROR, f"at 127.0.0.1:{port}", "address already in use", "set MASTER_ADDR and")
+    assert not run.exists()
+
+
+def test_ranks_within_ranks_are_refused(digits: Path, run: Path) -> None:
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_NODES": "2"}
+    task |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+    torchrun = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for environment in (task, torchrun):
+        outcome = vitscale("train", CONFIG, *overrides(digits, run), "--nproc", "2", **environment)
+        said = "--nproc starts ranks, but torchrun or srun has started 4 already; omit --nproc"
+        assert_one_message(outcome, OTHER_ERROR, said)
+    assert not run.exists()
 
 
 def test_the_run_folder_of_another_run(digits: Path, trained: Path) -> None:
     before = sorted(path.name for path in trained.iterdir())
-    outcome = train(digits, trained, "duration={steps: 2}", "checkpoint.every={steps: 1}", "data.eval=null", "seed=1")
+    outcome = train(digits, trained, *TWO_STEPS, "seed=1")
     assert_one_message(
         outcome, CONFIG_ERROR, f"{trained} belongs to a run with another configuration", "seed: 0 -> 1", "run=..."
     )
     assert "optim" not in outcome.errors, "only what differs is shown"
     assert sorted(path.name for path in trained.iterdir()) == before
+
+
+def test_a_second_start_of_a_run_is_refused_and_the_first_goes_on(digits: Path, run: Path) -> None:
+    arguments = overrides(digits, run, "duration={steps: 300}", "checkpoint.every={steps: 100}", "data.eval=null")
+    first = start_training(arguments, nproc=None)
+    try:
+        assert wait_until(lambda: len(metrics(run)) >= 3 or first.poll() is not None)
+        # Held in the middle of a step, however long the second one takes.
+        first.send_signal(signal.SIGSTOP)
+        assert wait_until(lambda: psutil.Process(first.pid).status() == psutil.STATUS_STOPPED)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        start = time.monotonic()
+        second = vitscale("train", CONFIG, *arguments)
+        assert time.monotonic() - start < 20
+        lock = f"run: {run} is being trained by another attempt (attempt 1 on {socket.gethostname()} since "
+        assert_one_message(second, OTHER_ERROR, lock, "wait for it, stop it, or choose another folder with run=...")
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    finally:
+        first.send_signal(signal.SIGCONT)
+    errors = finish(first)
+    assert f"the run is finished: step 300, 4,800 images seen; see {run}\n" in errors
+    assert [record["step"] for record in metrics(run)] == list(range(1, 301))
+    assert {record["attempt"] for record in metrics(run)} == {1}
+    assert step_names(run / "checkpoints") == ["step-000000300", "step-000000200", "step-000000100"]
+    assert len((run / "attempts.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_finished_run_that_is_started_again_says_so(digits: Path, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    outcome = train(digits, run, *TWO_STEPS)
+    assert (outcome.code, outcome.out) == (0, "")
+    said = f"the run was finished before; nothing was left to do: step 2, 32 images seen; see {run}\n"
+    assert outcome.errors.endswith(said)
+    assert "the run is finished" not in outcome.errors
+    touched = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert touched == {"attempts.jsonl", "config.yaml"}, "the copy has another path and one more attempt"
 
 
 def test_a_run_folder_that_cannot_be_written(digits: Path, tmp_path: Path) -> None:

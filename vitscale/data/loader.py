@@ -72,7 +72,7 @@ class BatchLoader:
         labels_per_sample: exactly this many labels are needed, or any number if ``None``.
         workers: decoding threads.
         prefetch: batches prepared ahead.
-        pin_memory: page-lock the images for an asynchronous copy to a GPU.
+        pin_memory: page-lock images and labels for an asynchronous copy to a GPU.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from vitscale.config.schema import EngineConfig, TrainConfig
 from vitscale.data.loader import value_range
 from vitscale.data.manifest import Manifest
 from vitscale.distributed import Ranks, connect
-from vitscale.errors import CheckpointError, ConfigError, on_every_rank
+from vitscale.errors import CheckpointError, ConfigError, DataError, on_every_rank
 from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches, open_evaluation_set
 from vitscale.evaluation.features import Features, extract_features
 from vitscale.evaluation.fewshot import fewshot_accuracy
@@ -84,7 +84,15 @@ def fewshot_run(
 
         def features(manifest: Manifest) -> Features:
             batches = evaluation_batches(manifest, config.data, num_classes=None, batch_size=batch_size, ranks=ranks)
-            return extract_features(_in_value_range(model.representation, ranks), batches, ranks=ranks)
+            found = extract_features(_in_value_range(model.representation, ranks), batches, ranks=ranks)
+            if not len(found.labels):
+                raise on_every_rank(
+                    DataError(
+                        f"{manifest.folder}: none of {manifest.num_samples} images can be read; write the shard set "
+                        f"again and evaluate anew"
+                    )
+                )
+            return found
 
         train_features, test_features = features(train_set), features(test_set)
         scores = ranks.on_main(

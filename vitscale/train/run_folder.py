@@ -138,8 +138,10 @@ class RunLock:
 
 
 def _last_attempt(run: Path) -> str:
-    lines = (run / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1])
+    path = run / "attempts.jsonl"
+    if not path.exists():
+        return "which has only just begun"
+    last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["started_unix_s"]))
     return f"attempt {last['attempt']} on {last['host']} since {since}"
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import socket
+import time
 from typing import Any, NoReturn
 
 import pytest
 
-from tests.helpers.distributed import PRELOADED, run_ranks
+from tests.helpers.distributed import PRELOADED, _one_rank, run_ranks
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.topology import Topology
 
@@ -31,6 +33,9 @@ def _numbers(topology: Topology) -> None:
             {1: 2**62 + 1, 2: -(2**63) + 2}[world_size],
             world_size,
         ]
+        # Sums of digests wrap, on one rank as on many; so do numbers that have no place in 64 bits.
+        wide = ranks.sum_ints([2**64 - 1, 2**63, -(2**63) - 1, 2**64 + 5])
+        assert wide == {1: [-1, -(2**63), 2**63 - 1, 5], 2: [-2, 0, -2, 10]}[world_size]
         rows = ranks.gather_floats([rank + 0.1, 1e300, float("-inf")])
         assert rows == [[r + 0.1, 1e300, float("-inf")] for r in range(world_size)]
         assert ranks.gather_floats([]) == [[]] * world_size
@@ -111,6 +116,66 @@ def test_collectives(work: Any, world_size: int) -> None:
 
 def test_bugs_are_not_swallowed() -> None:
     run_ranks(_bugs, 1)
+
+
+def _cannot_meet(topology: Topology, reason: str) -> None:
+    from vitscale.distributed import connect
+    from vitscale.errors import TopologyError
+
+    start = time.monotonic()
+    with pytest.raises(TopologyError) as caught, connect(topology, timeout_s=2):
+        pass
+    assert time.monotonic() - start < 30
+    message = str(caught.value)
+    where = f"127.0.0.1:{topology.master_port}"
+    assert message.startswith(f"rank {topology.rank} cannot reach the others at {where} within 2 s ("), message
+    assert message.endswith(
+        "); see that all 2 ranks are started and the port is free, or set MASTER_ADDR and MASTER_PORT"
+    ), message
+    assert reason in message.lower()
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("rank", "occupied", "reason"),
+    [
+        (0, True, "address already in use"),
+        (0, False, "timed out"),  # no other rank comes
+        (1, False, "timed out"),  # no rank 0 listens
+    ],
+)
+def test_an_address_where_the_ranks_do_not_meet_is_named(rank: int, occupied: bool, reason: str) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        if occupied:
+            other.listen()
+        else:
+            other.close()
+        topology = Topology(rank=rank, world_size=2, local_rank=rank, master_port=port)
+        process = context.Process(target=_one_rank, args=(_cannot_meet, topology, (reason,)))
+        process.start()
+        process.join(timeout=60)
+        process.kill()
+    assert process.exitcode == 0
+
+
+def _unknown_host(topology: Topology) -> None:
+    from vitscale.distributed import connect
+    from vitscale.errors import TopologyError
+
+    nowhere = dataclasses.replace(topology, world_size=2, master_addr="no-such-host.invalid")
+    with (
+        pytest.raises(TopologyError, match=r"rank 0's address 'no-such-host.invalid' cannot be resolved .*MASTER_ADDR"),
+        connect(nowhere, timeout_s=60),
+    ):
+        pass
+
+
+def test_a_host_that_nobody_knows_is_named() -> None:
+    run_ranks(_unknown_host, 1, timeout_s=30)
 
 
 def _leaves_its_block(topology: Topology, code: int) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.runs import CONFIG, TINY
+import vitscale.train.run_folder as run_folder
+from tests.helpers.runs import CONFIG, TINY, environment
 from vitscale.config.loader import load_config
 from vitscale.config.schema import TrainConfig
 from vitscale.data.manifest import Manifest, ShardInfo
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, LaunchError
 from vitscale.plan import RunPlan
-from vitscale.train.run_folder import StepRecords, open_run
+from vitscale.train.run_folder import RunLock, StepRecords, open_run
 
 
 def config_of(run: Path, *overrides: str) -> TrainConfig:
@@ -23,20 +30,33 @@ def config_of(run: Path, *overrides: str) -> TrainConfig:
 
 
 def enter(config: TrainConfig, *, world_size: int = 1) -> tuple[int, list[str]]:
-    """Open the run; gives the attempt and what was said."""
+    """Open the run as training does; gives the attempt and what was said."""
     said: list[str] = []
-    manifest = Manifest(Path("data"), (ShardInfo("a.tar", 1427, 10_000),))
-    return open_run(config, RunPlan.create(config, world_size, manifest), say=said.append), said
+    lock = RunLock(config.run)
+    lock.take()
+    try:
+        manifest = Manifest(Path("data"), (ShardInfo("a.tar", 1427, 10_000),))
+        return open_run(config, RunPlan.create(config, world_size, manifest), say=said.append), said
+    finally:
+        # The end of a process frees its lock; here, the frames of a caught error would hold it.
+        del lock
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """What is kept of a configuration."""
+    assert config.data.eval is not None
+    data = dataclasses.replace(config.data, train=Path.cwd() / config.data.train, eval=Path.cwd() / config.data.eval)
+    return dataclasses.replace(config, run=Path.cwd() / config.run, data=data)
 
 
 def test_a_fresh_folder_gets_configuration_and_plan(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     config = config_of(run)
     assert enter(config) == (1, [])
-    assert load_config(run / "config.yaml") == config
+    assert load_config(run / "config.yaml") == absolute(config)
     plan = json.loads((run / "plan.json").read_text())
     assert (plan["total_steps"], plan["gradient_accumulation_steps"]) == (12, 4)
-    assert sorted(path.name for path in run.iterdir()) == ["attempts.jsonl", "config.yaml", "plan.json"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "attempts.jsonl", "config.yaml", "plan.json"]
 
 
 def test_attempts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +81,7 @@ def test_attempts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("data.window=4", "data.window: 8 -> 4"),
         ("data.flip=true", "data.flip: false -> true"),
         ("model.dropout=0.2", "model.dropout: 0.1 -> 0.2"),
+        ("engine.precision=bf16", "engine.precision: fp32 -> bf16"),
         ("loss.label_smoothing=0.1", "loss.label_smoothing: 0.0 -> 0.1"),
     ],
 )
@@ -95,7 +116,13 @@ def test_a_run_without_a_checkpoint_may_start_anew_otherwise(tmp_path: Path) -> 
         ("data.train=elsewhere", "data.train"),
         ("data.max_bad_share=0.5", "data.max_bad_share"),
         ("engine.zero_stage=3", "engine.zero_stage"),
-        ("engine.precision=bf16", "engine.precision"),
+        ("engine.timeout_s=60", "engine.timeout_s"),
+        ("engine.max_skipped_steps=9", "engine.max_skipped_steps"),
+        ("data.eval=elsewhere", "data.eval"),
+        ("data.eval_crop_share=0.9", "data.eval_crop_share"),
+        ("data.prefetch_batches=9", "data.prefetch_batches"),
+        ("data.max_bad_samples=9", "data.max_bad_samples"),
+        ("checkpoint.keep=9", "checkpoint.keep"),
         ("checkpoint.every={steps: 2}", "checkpoint.every"),
         ("evaluation.every={steps: 5}", "evaluation.every"),
         ("log.every={steps: 5}", "log.every"),
@@ -104,18 +131,81 @@ def test_a_run_without_a_checkpoint_may_start_anew_otherwise(tmp_path: Path) -> 
 )
 def test_a_change_of_how_it_is_run_is_said_and_kept(tmp_path: Path, override: str, key: str) -> None:
     enter(config_of(tmp_path))
+    (tmp_path / "checkpoints" / "step-000000004").mkdir(parents=True)
     changed = config_of(tmp_path, override)
     attempt, said = enter(changed)
     assert attempt == 2
     assert len(said) == 1
     assert said[0].startswith(f"changed since the last attempt: {key}: ")
-    assert load_config(tmp_path / "config.yaml") == changed
+    assert load_config(tmp_path / "config.yaml") == absolute(changed)
 
 
 def test_a_moved_run_folder_is_still_the_run(tmp_path: Path) -> None:
     enter(config_of(tmp_path / "here"))
+    (tmp_path / "here" / "checkpoints" / "step-000000004").mkdir(parents=True)
     (tmp_path / "here").rename(tmp_path / "there")
-    assert enter(config_of(tmp_path / "there"))[0] == 2
+    moved = f"changed since the last attempt: run: {tmp_path / 'here'} -> {tmp_path / 'there'}"
+    assert enter(config_of(tmp_path / "there")) == (2, [moved])
+
+
+def test_paths_are_kept_and_compared_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert enter(config_of(Path("run"), "data.train=a", "data.eval=b")) == (1, [])
+    kept = load_config(tmp_path / "run" / "config.yaml")
+    assert (kept.run, kept.data.train, kept.data.eval) == (tmp_path / "run", tmp_path / "a", tmp_path / "b")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    monkeypatch.chdir(tmp_path / "deep")
+    same = config_of(tmp_path / "run", f"data.train={tmp_path / 'a'}", f"data.eval={tmp_path / 'b'}")
+    assert enter(same) == (2, [])
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    # The same words mean another folder from here.
+    assert enter(config_of(tmp_path / "run", "data.train=a", "data.eval=null")) == (
+        3,
+        [
+            f"changed since the last attempt: data.train: {tmp_path / 'a'} -> {tmp_path / 'deep' / 'a'}",
+            f"changed since the last attempt: data.eval: {tmp_path / 'b'} -> null",
+        ],
+    )
+
+
+def test_a_run_that_another_attempt_trains_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.2)
+    for _ in range(2):
+        enter(config_of(tmp_path))
+    hold = "import sys; from pathlib import Path; from vitscale.train.run_folder import RunLock\n"
+    hold += "lock = RunLock(Path(sys.argv[1])); lock.take(); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".lock"}
+        with pytest.raises(LaunchError) as caught:
+            RunLock(tmp_path).take()
+        assert re.fullmatch(
+            re.escape(f"run: {tmp_path} is being trained by another attempt (attempt 2 on {socket.gethostname()} since")
+            + r" \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\); wait for it, stop it, or choose another folder with run=\.\.\.",
+            str(caught.value),
+        )
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".lock"} == before
+        process.kill()
+        process.wait()
+        RunLock(tmp_path).take()
+
+
+def test_an_attempt_that_has_not_signed_yet_keeps_others_out_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.0)
+    lock = RunLock(tmp_path)
+    lock.take()
+    with pytest.raises(LaunchError, match=r"is being trained by another attempt \(which has only just begun\); wait"):
+        RunLock(tmp_path).take()
 
 
 def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
@@ -125,6 +215,15 @@ def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> No
         enter(config_of(file / "run"))
     with pytest.raises(ConfigError, match=r"run: cannot write to .*File exists; choose another folder"):
         enter(config_of(file))
+
+
+def test_a_folder_that_fills_up_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ConfigError, match=r"run: cannot write to .*No space left on device; choose another folder"):
+        enter(config_of(tmp_path))
 
 
 def records_in(path: Path) -> list[dict[str, Any]]:
@@ -189,6 +288,21 @@ def test_an_untouched_file_is_not_written_again(tmp_path: Path) -> None:
     inode = path.stat().st_ino
     write_records(path, [3], restored_step=2)
     assert path.stat().st_ino == inode
+
+
+def test_records_are_on_the_disk_after_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = StepRecords(path, restored_step=0)
+    records.append({"step": 1})
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), path.read_text()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    records.sync()
+    assert synced == [(path, '{"step": 1}\n')]
+    records.close()
 
 
 def test_numbers_that_are_not_finite_are_null_as_json_has_none(tmp_path: Path) -> None:
