@@ -57,9 +57,6 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) 
             raise ConfigError(f"{config}: {error}") from error
         return loaded
 
-    if nproc is not None:
-        load()  # mistakes are told before any rank is started
-
     def work(topology: Topology) -> None:
         from vitscale.train.signals import StopRequest
 
@@ -73,7 +70,7 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) 
                 raise on_every_rank(error) from error
             run_training(loaded, topology, stop)
 
-    _on_ranks(nproc, work)
+    _on_ranks(nproc, work, check=load)
 
 
 @app.command()
@@ -137,11 +134,17 @@ def config() -> None:
     typer.echo(reference_yaml(TrainConfig), nl=False)
 
 
-def _on_ranks(nproc: int | None, work: Callable[[Topology], None]) -> None:
-    """Be the launcher of ``nproc`` ranks, or be one rank and do the work."""
+def _on_ranks(
+    nproc: int | None, work: Callable[[Topology], None], *, check: Callable[[], object] = lambda: None
+) -> None:
+    """Be the launcher of ``nproc`` ranks, or be one rank and do the work.
+
+    The launcher calls ``check`` first, so that mistakes are told before any rank is started.
+    """
     from vitscale.ranks import is_started_by_launcher, run_rank, start_ranks
 
     if nproc is not None and not is_started_by_launcher():
+        check()
         raise typer.Exit(start_ranks(nproc, sys.argv[1:]))
     run_rank(work)
 

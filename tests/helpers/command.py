@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.helpers.distributed import PRELOADED
+from tests.helpers.distributed import PRELOADED, free_port
 from tests.helpers.runs import environment
 
 
@@ -29,10 +28,7 @@ def vitscale(*arguments: object, timeout_s: float = 120, **env: str) -> Outcome:
 
 def vitscale_on_ranks(world_size: int, *arguments: object, timeout_s: float = 120) -> Outcome:
     """The same on several ranks that meet through torchrun's variables. They must end alike; what they print is one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     return _run(ranks, arguments, timeout_s)
 

@@ -22,7 +22,7 @@ def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, t
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    port = _free_port()
+    port = free_port()
     ranks = [
         context.Process(
             target=_one_rank,
@@ -53,7 +53,8 @@ def _one_rank(function: Callable[..., None], topology: Topology, arguments: tupl
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -12,12 +12,10 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from vitscale.config.document import Document, plain_scalar
+from vitscale.config.document import Document
 from vitscale.config.explanation import explain
 from vitscale.config.schema import TrainConfig
 from vitscale.errors import ConfigError
-
-__all__ = ["load_config", "load_section", "parse_section", "plain_scalar"]
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 200_000

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from vitscale.config.document import plain_scalar
 from vitscale.config.duration import Duration
-from vitscale.config.loader import plain_scalar
 
 _WIDTH = 100
 _TYPE_NAMES = {bool: "true or false", str: "text", NoneType: "null"}

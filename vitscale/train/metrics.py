@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from types import TracebackType
 
@@ -25,11 +26,7 @@ class MetricLog:
         self._started_at = state.step
         # The table is of bf16; fp32 runs on other units.
         self._peak_flops = peak_flops(ranks.device) if config.engine.precision == "bf16" else None
-        self._window_start, self._window_examples, self._waited_s = (
-            time.perf_counter(),
-            state.examples_seen,
-            0.0,
-        )
+        self._restart_window(state)
         self._metrics = self._quarantine = None
         self._screen: Screen | None = None
         if ranks.is_main:
@@ -86,17 +83,7 @@ class MetricLog:
         everyone = [fault for of_rank in self._ranks.gather(faults) for fault in of_rank]
         if self._quarantine:
             for fault in sorted(everyone, key=lambda f: f.position):
-                self._quarantine.append(
-                    {
-                        "step": step,
-                        "position": fault.position,
-                        "shard": fault.shard,
-                        "key": fault.key,
-                        "reason": fault.reason,
-                        "substitute": fault.substitute,
-                        "attempt": self._attempt,
-                    }
-                )
+                self._quarantine.append({"step": step, **dataclasses.asdict(fault), "attempt": self._attempt})
 
     def step(self, state: TrainState, result: StepResult, *, lr: float, digest: int) -> None:
         """Note a finished step; record it when it is due."""
@@ -141,11 +128,7 @@ class MetricLog:
         self._restart_window(state)
 
     def _restart_window(self, state: TrainState) -> None:
-        self._window_start, self._window_examples, self._waited_s = (
-            time.perf_counter(),
-            state.examples_seen,
-            0.0,
-        )
+        self._window_start, self._window_examples, self._waited_s = time.perf_counter(), state.examples_seen, 0.0
 
     def _mfu(self, images_per_s: float) -> float | None:
         """Model FLOPs utilisation, recomputation not counted; ``None`` where the device's peak is not known."""

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tests.helpers.distributed import PRELOADED, _one_rank, run_ranks
+from tests.helpers.distributed import PRELOADED, _one_rank, free_port, run_ranks
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.topology import Topology
 
@@ -195,9 +195,7 @@ def test_a_rank_with_an_error_leaves_without_waiting_for_the_others() -> None:
     # The second rank connects and goes away; the first must not wait for it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [Topology(rank=rank, world_size=2, local_rank=rank, master_port=port) for rank in range(2)]
     processes = [context.Process(target=_leaves_its_block, args=(rank, 9)) for rank in ranks]
     for process in processes:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from vitscale.config import loader
+from vitscale.config.document import plain_scalar
 from vitscale.config.duration import Duration
-from vitscale.config.loader import load_config, load_section, parse_section, plain_scalar
+from vitscale.config.loader import load_config, load_section, parse_section
 from vitscale.config.schema import TrainConfig
 from vitscale.config.section import section
 from vitscale.errors import ConfigError
