@@ -16,14 +16,17 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
 @contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
-    """A hidden neighbour of ``path`` to write to; it takes the name when it is complete and on the disk.
+def published(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
+    """A hidden neighbour of ``path`` to write and read back; it takes the name when it is complete and on the disk.
 
     The rename itself is durable after :func:`sync_folder` of the folder.
+
+    Args:
+        writer: keeps the neighbours of several processes apart that may publish the same file at a time.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb+") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

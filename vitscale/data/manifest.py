@@ -49,6 +49,8 @@ class Manifest:
     source: str = ""
     plan: str | None = None
     """Digest of the plan that the set was written from."""
+    base_url: str | None = None
+    """Folder of the tars, as a URL or an absolute path, when they do not lie beside the index."""
 
     @property
     def num_samples(self) -> int:
@@ -68,6 +70,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``index.json``."""
+        elsewhere = {} if self.base_url is None else {"base_url": self.base_url}
         return {
             "__kind__": "wids-shard-index-v1",
             "wids_version": 1,
@@ -84,6 +87,7 @@ class Manifest:
                 "multi_label": self.multi_label,
                 "source": self.source,
                 "plan": self.plan,
+                **elsewhere,
             },
         }
 
@@ -105,7 +109,26 @@ def read_manifest(folder: Path) -> Manifest:
         hint = f"did you mean {folder / inside[0]}?" if inside else "write one with 'vitscale shards write SOURCE OUT'"
         raise DataError(f"{folder}: holds no {INDEX_NAME}, so it is not a shard set; {hint}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a shard index ({error!r}); write the shard set again") from error
+    return parse_manifest(text, folder)
+
+
+def parse_manifest(text: str, folder: Path | str) -> Manifest:
+    """The shard set that the text of an ``index.json`` describes.
+
+    Args:
+        folder: where the text comes from: a folder, or a URL prefix (which the manifest's ``folder`` cannot keep).
+
+    Raises:
+        DataError: the text is not of this format, or the set is empty.
+    """
+    path = folder / INDEX_NAME if isinstance(folder, Path) else f"{folder}/{INDEX_NAME}"
+    try:
+        raw = json.loads(text)
         extra = raw.get("vitscale", {})
         version = extra.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
@@ -114,18 +137,17 @@ def read_manifest(folder: Path) -> Manifest:
                 f"that wrote it, or write the shard set again"
             )
         shards = tuple(_shard_info(path, entry) for entry in raw["shardlist"])
-        classes = extra.get("classes")
+        classes, base_url = extra.get("classes"), extra.get("base_url")
         manifest = Manifest(
-            folder=folder,
+            folder=Path(folder),
             shards=shards,
             classes=None if classes is None else tuple(str(name) for name in classes),
             multi_label=bool(extra.get("multi_label", False)),
             split=str(extra.get("split", "")),
             source=str(extra.get("source", "")),
             plan=extra.get("plan"),
+            base_url=None if base_url is None else str(base_url),
         )
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a shard index ({error!r}); write the shard set again") from error
     if not manifest.num_samples:
@@ -133,7 +155,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _shard_info(path: Path, entry: dict[str, Any]) -> ShardInfo:
+def _shard_info(path: Path | str, entry: dict[str, Any]) -> ShardInfo:
     name = str(entry["url"])
     if Path(name).name != name or not name.endswith(".tar"):
         raise DataError(f"{path}: shard url {name!r}; a plain file name ending in .tar beside the index is allowed")
@@ -164,6 +186,11 @@ def check_files(manifest: Manifest) -> None:
             faults.append(f"{shard.idx_name} is missing")
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        if manifest.base_url is not None:
+            raise DataError(
+                f"{manifest.folder}: {'; '.join(faults[:3])}{more}; the tars lie in {manifest.base_url}, but only tars "
+                f"beside the index are read: copy or link them into {manifest.folder}"
+            )
         raise DataError(
             f"{manifest.folder}: {'; '.join(faults[:3])}{more}; the index and the tars must come from one writing: "
             f"copy the set again or write it anew with 'vitscale shards write'"
@@ -196,9 +223,27 @@ class Member:
 
 def format_idx(samples: list[list[Member]]) -> str:
     """Text of an ``.idx`` file in NVIDIA DALI's format v1.2: a line per sample, four words per member."""
-    lines = [f"{IDX_VERSION} {len(samples)}"]
-    lines += [" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members) for members in samples]
+    lines = [f"{IDX_VERSION} {len(samples)}", *map(format_idx_line, samples)]
     return "\n".join(lines) + "\n"
+
+
+def format_idx_line(members: Sequence[Member]) -> str:
+    """The line of one sample in an ``.idx`` file, without its end."""
+    return " ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members)
+
+
+def parse_idx_line(line: str, path: Path | str) -> tuple[Member, ...]:
+    """Members of the sample that a line of the ``.idx`` file ``path`` describes.
+
+    Raises:
+        DataError: it is not such a line.
+    """
+    words = line.split(" ")
+    try:
+        groups = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
+        return tuple(Member(ext, int(offset), int(size), name) for ext, offset, size, name in groups)
+    except ValueError as error:
+        raise DataError(f"{path}: not a DALI member index ({line[:80]!r}); write the shard set again") from error
 
 
 class MemberIndex(Sequence[tuple[Member, ...]]):
@@ -238,17 +283,7 @@ class MemberIndex(Sequence[tuple[Member, ...]]):
             raise DataError(f"{self._path}: cannot be read ({error}); write the shard set again") from error
         if len(lines) != stop - first:
             raise DataError(f"{self._path}: cannot be read (it has changed since); write the shard set again")
-        return [self._parse(line) for line in lines]
-
-    def _parse(self, line: str) -> tuple[Member, ...]:
-        words = line.split(" ")
-        try:
-            groups = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
-            return tuple(Member(ext, int(offset), int(size), name) for ext, offset, size, name in groups)
-        except ValueError as error:
-            raise DataError(
-                f"{self._path}: not a DALI member index ({line[:80]!r}); write the shard set again"
-            ) from error
+        return [parse_idx_line(line, self._path) for line in lines]
 
 
 def read_idx(path: Path) -> MemberIndex:

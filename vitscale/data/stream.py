@@ -93,7 +93,7 @@ class ShardStream:
             image = next((parts[ext] for ext in parts if ext in IMAGE_EXTENSIONS), None)
             if image is None:
                 raise BadSampleError(f"no image among the members ({', '.join(parts)})")
-            return RawSample(key, sample_id, info.name, image, _labels(parts))
+            return RawSample(key, sample_id, info.name, image, labels_of(parts))
         except BadSampleError as error:
             return Fault(key, sample_id, info.name, str(error))
 
@@ -143,8 +143,15 @@ def _member_bytes(member: Member, data: bytes, start: int) -> bytes:
     return content
 
 
-def _labels(parts: dict[str, bytes]) -> tuple[int, ...]:
-    """Dense class indices from a ``cls`` (one integer) or ``json`` (key ``labels``) member."""
+def labels_of(parts: dict[str, bytes]) -> tuple[int, ...]:
+    """Dense class indices from a ``cls`` (one integer) or ``json`` (key ``labels``) member.
+
+    Args:
+        parts: content of a sample's members by extension.
+
+    Raises:
+        BadSampleError: there is no such member, or it does not hold class indices.
+    """
     try:
         if "cls" in parts:
             labels: tuple[int, ...] = (int(parts["cls"]),)
