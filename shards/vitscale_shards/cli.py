@@ -1,127 +1,171 @@
-"""``vitscale shards``: make shard sets."""
+"""``vitscale shards``: make shard sets, check them, mend them, look at them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitscale.errors import DataError
-from vitscale_shards.plan import SplitPlan, make_plan
-from vitscale_shards.sources import ImageFolder, Source, open_source
+from vitscale_shards.check_cli import dedup, index, repair, retry, stats, verify
+from vitscale_shards.options import PlanOptions, SourceOptions, spread
+from vitscale_shards.progress import counter, progress
+from vitscale_shards.words import count, summary, warn
 
 if TYPE_CHECKING:
-    from vitscale_shards.writer import SplitResult
+    from vitscale_shards.place import Place
+    from vitscale_shards.planning.plan import Plan
+    from vitscale_shards.planning.settings import PlanSettings
+    from vitscale_shards.rows import Source
+    from vitscale_shards.sources import SourceSpec
 
-SECONDS_BETWEEN_LINES = 10.0
+app = typer.Typer(no_args_is_help=True, help="Shard sets: tar files with an index, ready for training.")
 
-app = typer.Typer(no_args_is_help=True, help="Make shard sets: tar files with an index, ready for training.")
+Workers = Annotated[int, typer.Option(min=1, help="Processes on this node. More may join from other nodes.")]
+MaxFailures = Annotated[int, typer.Option(min=0, help="Bad images of a split to leave out before giving up.")]
 
 
 @app.callback()
 def shards() -> None:
-    """Make shard sets: tar files with an index, ready for training."""
+    """Shard sets: tar files with an index, ready for training."""
 
 
 @app.command()
-def write(
-    source: Annotated[
-        str,
-        typer.Argument(help="Folder of images as SOURCE/class/name.jpg, or 'digits' (1,797 real images)."),
+@spread
+def plan(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE... OUT", help="Datasets (several are merged), and where the sets are to lie."),
     ],
-    out: Annotated[Path, typer.Argument(help="A shard set is written to OUT/<split> for each split.")],
-    split: Annotated[str, typer.Option(help="Shares of the images, such as train=0.8,val=0.2.")] = "train=1",
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Most samples in one tar.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
-    max_failures: Annotated[int, typer.Option(min=0, help="Bad images of a split to leave out before giving up.")] = 0,
+    source: SourceOptions,
+    options: PlanOptions,
 ) -> None:
-    """Write SOURCE as shard sets under OUT. After an interruption, the same command goes on."""
-    from vitscale_shards.writer import check_target, write_split
+    """Decide which image goes into which shard: OUT/<split>/plan.parquet. Opens no image."""
+    from vitscale_shards.remote import open_place
 
-    images = open_source(source)
-    _refuse_nested(images, out)
-    plans = make_plan(
-        images.rows(),
-        source=images.name,
-        classes=images.classes,
-        split=split,
-        samples_per_shard=samples_per_shard,
-        seed=seed,
-    )
-    _tell_about(images, plans)
-    for plan in plans:
-        check_target(plan, out / plan.split)
-    results = []
-    for plan in plans:
-        with _progress(plan) as advance:
-            result = write_split(plan, images, out / plan.split, max_failures=max_failures, advance=advance)
-        results.append(result)
-    for result in results:
-        typer.echo(_summary(result))
+    if len(paths) < 2:
+        raise DataError("plan: SOURCE and OUT are needed")
+    out = open_place(paths[-1])
+    for made in _make_plans(source.spec(paths[:-1]), options.settings(), out):
+        typer.echo(
+            f"{made.head.split}: {made.num_samples:,} images, {count(made.num_shards, 'shard')}, "
+            f"{len(made.head.classes or ())} classes -> {made.place.url}"
+        )
+    typer.echo(f"write them, with any number of workers on any number of nodes: vitscale shards write {out.url}")
 
 
-def _refuse_nested(source: Source, out: Path) -> None:
-    if isinstance(source, ImageFolder) and out.resolve().is_relative_to(source.folder):
+@app.command()
+@spread
+def write(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[SOURCE...] OUT",
+            help="Datasets (several are merged), and where the sets are to lie: a folder or s3://bucket/prefix. "
+            "OUT alone follows the plan that is there.",
+        ),
+    ],
+    source: SourceOptions,
+    options: PlanOptions,
+    workers: Workers = 1,
+    max_failures: MaxFailures = 0,
+) -> None:
+    """Plan SOURCE and write it as shard sets, one in OUT/<split> for each split.
+
+    After an interruption the same command goes on.
+    """
+    from vitscale_shards.remote import open_place
+    from vitscale_shards.sources import SourceSpec
+
+    out = open_place(paths[-1])
+    if len(paths) == 1:
+        plans = _open_plans(out)
+        spec = SourceSpec.from_json(plans[0].head.source)
+    else:
+        spec = source.spec(paths[:-1])
+        plans = _make_plans(spec, options.settings(), out)
+    _write(plans, spec, workers, max_failures)
+
+
+def _make_plans(spec: SourceSpec, settings: PlanSettings, out: Place) -> list[Plan]:
+    from vitscale_shards.place import LocalPlace
+    from vitscale_shards.planning.planner import make_plans
+
+    source = spec.open()
+    if isinstance(out, LocalPlace):
+        spec.refuse_nested(out.folder)
+    with progress("images") as advance:
+        plans = make_plans(source, spec.to_json(), settings, out, listed=counter(advance, "listing"))
+    _tell_about(source, plans)
+    return plans
+
+
+def _open_plans(out: Place) -> list[Plan]:
+    """The plans under OUT, all of them.
+
+    Raises:
+        DataError: there is none, or planning was interrupted.
+    """
+    from vitscale_shards.planning.plan import PLAN_NAME, Plan
+
+    splits = [name for name in out.folders() if out.child(name).size(PLAN_NAME) is not None]
+    if not splits:
         raise DataError(
-            f"{out}: lies inside of {source.folder}, so shards would be taken for images; choose another OUT"
+            f"{out.url}: has no plan to follow; give SOURCE too, or make one: 'vitscale shards plan SOURCE {out.url}'"
+        )
+    plans = [Plan(out.child(name)) for name in splits]
+    for made in plans:
+        if missing := sorted(set(made.head.splits) - set(splits)):
+            raise DataError(
+                f"{out.url}: the plan of {', '.join(missing)} is missing; give the command again that made the others"
+            )
+    return plans
+
+
+def _write(plans: list[Plan], spec: SourceSpec, workers: int, max_failures: int) -> None:
+    from vitscale.data.manifest import INDEX_NAME
+    from vitscale_shards.writing.workers import write_sets
+
+    complete = [made for made in plans if made.place.size(INDEX_NAME) is not None]
+    for made in complete:
+        _check_complete(made)
+    missing = [made for made in plans if made not in complete]
+    if missing:
+        with progress("images") as advance:
+            write_sets(missing, spec, workers=workers, max_failures=max_failures, report=advance, warn=warn)
+    for made in plans:
+        typer.echo(summary(made, was_complete=made in complete))
+
+
+def _check_complete(plan: Plan) -> None:
+    """See that a set that has an index has all its files.
+
+    Raises:
+        DataError: it has not.
+    """
+    from vitscale_shards.checking.verify import format_fault, verify_set
+
+    faults = list(verify_set(plan.place, level="sizes", plan=plan.head.digest))
+    if faults:
+        raise DataError(
+            f"{plan.place.url}: was complete, but is damaged ({count(len(faults), 'fault')}, such as: "
+            f"{format_fault(faults[0])}); 'vitscale shards repair {plan.place.url}' mends it"
         )
 
 
-def _tell_about(source: Source, plans: tuple[SplitPlan, ...]) -> None:
+def _tell_about(source: Source, plans: list[Plan]) -> None:
     """Say what was left aside, which the user may not expect."""
     if source.ignored.total():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in source.ignored.most_common(5) if count)
-        typer.echo(f"{source.ignored.total()} files are no images and were left aside ({kinds})", err=True)
-    used = {row.label for plan in plans for shard in plan.shards for row in shard.rows}
-    empty = [name for label, name in enumerate(source.classes) if label not in used]
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in source.ignored.most_common(8) if number)
+        warn(f"left aside, since they are no images with a label: {kinds}")
+    used = {label for plan in plans for label, images in enumerate(plan.head.label_counts) if images}
+    empty = [name for label, name in enumerate(source.classes or ()) if label not in used]
     if empty:
-        typer.echo(f"{len(empty)} classes have no image: {', '.join(empty[:5])}; they keep their labels", err=True)
+        some = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        warn(
+            f"classes without an image, which keep their labels: {len(empty):,} of {len(source.classes or ())}, {some}"
+        )
 
 
-@contextmanager
-def _progress(plan: SplitPlan) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _line_printer(plan)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(plan.split, total=plan.num_samples)
-        yield lambda samples: bar.advance(task, samples)
-
-
-def _line_printer(plan: SplitPlan) -> Callable[[int], None]:
-    done = 0
-    said = time.monotonic()
-
-    def advance(samples: int) -> None:
-        nonlocal done, said
-        done += samples
-        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            typer.echo(f"{plan.split}: {done:,} of {plan.num_samples:,} images", err=True)
-
-    return advance
-
-
-def _summary(result: SplitResult) -> str:
-    manifest = result.manifest
-    shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
-    text = (
-        f"{manifest.split}: {manifest.num_samples:,} samples, {shards}, {manifest.num_bytes / 1e6:,.1f} MB, "
-        f"{len(manifest.classes or ())} classes -> {manifest.folder}"
-    )
-    if result.already_complete:
-        text += " (was complete already; nothing written, file contents were not compared)"
-    if result.failures:
-        text += f"; {len(result.failures)} bad images left out, see {manifest.folder / 'failures.jsonl'}"
-    return text
+for command in (verify, repair, retry, stats, dedup, index):
+    app.command()(command)

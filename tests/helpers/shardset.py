@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -45,6 +46,8 @@ def make_shardset(
     key: Callable[[int], str] = key_of,
     classes: int | None = NUM_CLASSES,
     multi_label: bool = False,
+    sha256: bool = False,
+    plan: str | None = None,
 ) -> Manifest:
     """Write a shard set; the sample with number n (counted through the set) has the members ``parts(n)``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +60,10 @@ def make_shardset(
                 samples.append([_add(tar, f"{key(n)}.{extension}", data) for extension, data in parts(n).items()])
         number += size
         (folder / name).with_suffix(".idx").write_text(format_idx(samples))
-        shards.append(ShardInfo(name, size, (folder / name).stat().st_size))
+        content = (folder / name).read_bytes()
+        shards.append(ShardInfo(name, size, len(content), hashlib.sha256(content).hexdigest() if sha256 else None))
     names = None if classes is None else tuple(f"class {n}" for n in range(classes))
-    manifest = Manifest(folder, tuple(shards), names, multi_label)
+    manifest = Manifest(folder, tuple(shards), names, multi_label, plan=plan)
     (folder / INDEX_NAME).write_text(json.dumps(manifest.to_json()))
     return manifest
 

@@ -1,15 +1,20 @@
 """The command, as a user gives it."""
 
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-import vitscale_shards.cli
+import vitscale_shards.progress
+from tests.helpers.s3 import S3Server
 from vitscale.data.manifest import check_files, read_manifest
 from vitscale.errors import DataError
 from vitscale_shards.cli import app
+from vitscale_shards.remote import open_place
 
 
 def run(*words: str | Path) -> Result:
@@ -51,16 +56,20 @@ def test_what_was_left_aside_is_said(images: Path, tmp_path: Path) -> None:
     (images / "nothing").mkdir()
     (images / "class1" / "bad.png").touch()
     result = run("write", images, tmp_path / "out", "--max-failures", "1")
-    assert "1 files are no images and were left aside (1 .txt)" in result.stderr
-    assert "1 classes have no image: nothing; they keep their labels" in result.stderr
-    assert "1 bad images left out, see" in result.stdout
+    assert "left aside, since they are no images with a label: 1 .txt" in result.stderr
+    assert "classes without an image, which keep their labels: 1 of 4, nothing" in result.stderr
+    assert "1 bad image left out, see" in result.stdout
 
 
 def test_progress_is_told_in_lines_without_a_terminal(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vitscale_shards.cli, "SECONDS_BETWEEN_LINES", 0.0)
-    assert "train: 12 of 12 images" in run("write", images, tmp_path / "out").stderr
+    monkeypatch.setattr(vitscale_shards.progress, "SECONDS_BETWEEN_LINES", 0.0)
+    said = run("write", images, tmp_path / "out").stderr
+    assert "listing: 12 images" in said
+    assert "train: 6 of 12 images" in said
+    assert "left" in said
+    assert "train: 12 of 12 images" in said
 
 
 def test_progress_is_a_bar_on_a_terminal(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +77,110 @@ def test_progress_is_a_bar_on_a_terminal(images: Path, tmp_path: Path, monkeypat
     assert "12/12" in run("write", images, tmp_path / "out").stderr
 
 
+def test_a_plan_is_followed_by_workers_that_know_only_where_it_is(images: Path, tmp_path: Path) -> None:
+    result = run("plan", images, tmp_path / "out", "--split", "train=1/2,val=1/2", "--samples-per-shard", "2")
+    assert "train: " in result.stdout
+    assert f"vitscale shards write {tmp_path / 'out'}" in result.stdout
+    assert not list(tmp_path.rglob("*.tar"))
+    assert "12" in result.stdout or "images" in result.stdout
+    run("write", tmp_path / "out", "--workers", "2")
+    run("write", images, tmp_path / "other", "--split", "train=1/2,val=1/2", "--samples-per-shard", "2")
+    for split in ("train", "val"):
+        for path in (tmp_path / "other" / split).iterdir():
+            assert (tmp_path / "out" / split / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_plan_is_made_again_only_if_it_is_the_same(images: Path, tmp_path: Path) -> None:
+    run("plan", images, tmp_path / "out")
+    run("plan", images, tmp_path / "out")
+    with pytest.raises(DataError, match=r"other settings \(seed: 0 there, 1 now\)"):
+        run("plan", images, tmp_path / "out", "--seed", "1")
+    Image.new("L", (9, 9)).save(images / "class0" / "new.jpg")
+    with pytest.raises(DataError, match=r"other images .*has changed since"):
+        run("write", images, tmp_path / "out")
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_without_a_plan_there_is_nothing_to_follow(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no plan to follow; give SOURCE too"):
+        run("write", tmp_path)
+    with pytest.raises(DataError, match="SOURCE and OUT are needed"):
+        run("plan", tmp_path)
+
+
+def test_planning_that_was_interrupted_is_told(images: Path, tmp_path: Path) -> None:
+    run("plan", images, tmp_path / "out", "--split", "train=1/2,val=1/2")
+    (tmp_path / "out" / "val" / "plan.parquet").unlink()
+    with pytest.raises(DataError, match="the plan of val is missing"):
+        run("write", tmp_path / "out")
+
+
+def test_damage_is_found_mended_and_no_longer_found(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("write", images, out, "--samples-per-shard", "4")
+    assert "nothing wrong (level headers)" in run("verify", out).stdout
+    with (out / "train" / "train-000001.tar").open("r+b") as file:
+        file.seek(2700)
+        file.write(b"!")
+    (out / "train" / "train-000002.tar").unlink()
+    found = run("verify", out / "train")
+    assert found.exit_code == 1
+    assert "train-000001.tar at byte 2700, sample" in found.stdout
+    assert "train-000002.tar: missing" in found.stdout
+    assert "2 faults (level headers)" in found.stdout
+    assert f"vitscale shards repair {out / 'train'}" in found.stderr
+    with pytest.raises(DataError, match="was complete, but is damaged"):
+        run("write", out)
+    mended = run("repair", out)
+    assert mended.exit_code == 0
+    assert "train-000002.tar: written again" in mended.stdout
+    assert "train: mended" in mended.stdout
+    assert run("verify", out, "--level", "pixels").exit_code == 0
+    assert "nothing wrong" in run("repair", out).stdout
+
+
+def test_bad_images_are_tried_again(images: Path, tmp_path: Path) -> None:
+    good = (images / "class0" / "0.jpg").read_bytes()
+    (images / "class0" / "0.jpg").write_bytes(bytes(len(good)))
+    written = run("write", images, tmp_path / "out", "--max-failures", "1").stdout
+    assert "11 samples" in written
+    assert f"'vitscale shards retry {tmp_path / 'out' / 'train'}' tries only these again" in written
+    assert "0 of 1 image that had been left out came in" in run("retry", tmp_path / "out").stdout
+    (images / "class0" / "0.jpg").write_bytes(good)
+    again = run("retry", tmp_path / "out").stdout
+    assert "1 of 1 image" in again
+    assert "12 samples" in again
+
+
+def test_images_are_shrunk_on_the_way(tmp_path: Path) -> None:
+    path = tmp_path / "images" / "c" / "large.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (400, 300), (1, 2, 3)).save(path)
+    run("write", tmp_path / "images", tmp_path / "out", "--resize-short", "60", "--check", "decode")
+    with tarfile.open(tmp_path / "out" / "train" / "train-000000.tar") as tar:
+        member = tar.extractfile("c__large.jpg")
+        assert member is not None
+        assert Image.open(io.BytesIO(member.read())).size == (80, 60)
+
+
+def test_parts_lists_and_sizes_are_understood(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "val.txt").write_text("class0__0\nclass1/1.jpg\n")
+    (tmp_path / "bad.txt").write_text("class2__2\n")
+    lists = ["--split-list", f"val={tmp_path / 'val.txt'}", "--exclude", tmp_path / "bad.txt"]
+    run("write", images, tmp_path / "out", *lists, "--bytes-per-shard", "4KB", "--order", "stratified")
+    train, val = (read_manifest(tmp_path / "out" / split) for split in ("train", "val"))
+    assert (train.num_samples, val.num_samples) == (9, 2)
+    assert len(train.shards) > 1
+    with pytest.raises(DataError, match="bytes per shard: '4 apples'; write a number of bytes"):
+        run("plan", images, tmp_path / "other", "--bytes-per-shard", "4 apples")
+    with pytest.raises(DataError, match="split list 'val': write NAME=FILE"):
+        run("plan", images, tmp_path / "other", "--split-list", "val")
+
+
 def test_nothing_is_written_when_one_split_cannot_be(images: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "val").mkdir(parents=True)
     (tmp_path / "out" / "val" / "other.txt").touch()
-    with pytest.raises(DataError, match="holds 1 other files"):
+    with pytest.raises(DataError, match=r"holds 1 other files, such as other\.txt, and no plan"):
         run("write", images, tmp_path / "out", "--split", "train=1/2,val=1/2")
     assert not (tmp_path / "out" / "train").exists()
 
@@ -83,8 +192,81 @@ def test_shards_inside_of_the_source_are_refused(images: Path) -> None:
 
 def test_a_file_in_the_place_of_a_folder_is_told(images: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match="Not a directory"):
         run("write", images, tmp_path / "out")
+
+
+def test_what_a_set_holds_is_shown(images: Path, tmp_path: Path) -> None:
+    run("write", images, tmp_path / "out")
+    shown = run("stats", tmp_path / "out").stdout
+    assert "12 samples in 1 shards" in shown
+    assert "2 class2" in shown
+    parsed = json.loads(run("stats", tmp_path / "out", "--json").stdout)
+    assert parsed["num_samples"] == 12
+
+
+def test_a_foreign_set_is_indexed(images: Path, tmp_path: Path) -> None:
+    run("write", images, tmp_path / "out", "--samples-per-shard", "4")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for path in (tmp_path / "out" / "train").glob("*.tar"):
+        (foreign / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "classes.txt").write_text("cat\ndog\ncow\n")
+    said = run("index", foreign, "--classes", tmp_path / "classes.txt").stdout
+    assert f"12 samples, 3 shards, 0.0 MB -> {foreign}" in said
+    assert read_manifest(foreign).classes == ("cat", "dog", "cow")
+    assert run("verify", foreign).exit_code == 0
+    with pytest.raises(DataError, match="--overwrite"):
+        run("index", foreign)
+
+
+def test_copies_are_found_and_left_out(images: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out" / "class0" / "test.png"
+    held_out.parent.mkdir(parents=True)
+    Image.open(images / "class1" / "4.jpg").save(held_out)
+    (images / "class2" / "copy.jpg").write_bytes((images / "class0" / "0.jpg").read_bytes())
+    report = tmp_path / "report"
+    said = run("dedup", images, report, "--against", tmp_path / "held_out", "--match", "pixels").stdout
+    assert "2 of 13 images are to be left out (1 held out elsewhere, 1 there twice)" in said
+    assert f"--exclude {report}/exclude.txt" in said
+    run("write", images, tmp_path / "out", "--exclude", report / "exclude.txt")
+    assert read_manifest(tmp_path / "out" / "train").num_samples == 11
+    with pytest.raises(DataError, match="lies inside of"):
+        run("dedup", images, images / "report")
+    with pytest.raises(DataError, match="SOURCE and REPORT are needed"):
+        run("dedup", images)
+
+
+def test_an_empty_list_of_copies_leaves_nothing_out(images: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    assert "0 of 12 images" in run("dedup", images, report, "--match", "bytes").stdout
+    run("write", images, tmp_path / "out", "--exclude", report / "exclude.txt")
+    assert read_manifest(tmp_path / "out" / "train").num_samples == 12
+
+
+def test_sets_are_written_to_object_storage_checked_and_mended(images: Path, tmp_path: Path, s3: S3Server) -> None:
+    out = f"{s3.bucket()}/sets"
+    (images / "class0" / "bad.jpg").write_bytes(b"no image")
+    options = ["--samples-per-shard", "4", "--max-failures", "1"]
+    said = run("write", images, out, *options, "--workers", "2").stdout
+    assert f"12 samples, 4 shards, 0.0 MB, 3 classes -> {out}/train" in said
+    run("write", images, tmp_path / "out", *options)
+    bucket = open_place(out).child("train")
+    for path in (tmp_path / "out" / "train").iterdir():
+        with bucket.open(path.name) as file:
+            assert file.read() == path.read_bytes(), path.name
+    assert not bucket.folders()
+
+    bucket.remove("train-000001.tar")
+    bucket.publish_text("foreign.txt", "x")
+    assert run("verify", out).exit_code == 1
+    assert run("repair", out).exit_code == 0
+    assert run("verify", out).exit_code == 0
+    assert "of 12 classes" not in run("stats", out).stdout
+    Image.new("L", (9, 9), 77).save(images / "class0" / "bad.jpg")
+    assert "0 of 1 image" in run("retry", out).stdout  # another size than when it was planned
+    with bucket.open("train-000001.tar") as file:
+        assert file.read() == (tmp_path / "out" / "train" / "train-000001.tar").read_bytes()
 
 
 @pytest.mark.parametrize("words", [("--samples-per-shard", "0"), ("--max-failures", "-1")])

@@ -1,0 +1,1 @@
+"""Make a foreign WebDataset set ours, without touching a tar."""

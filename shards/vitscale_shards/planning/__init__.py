@@ -1,0 +1,1 @@
+"""Decide which image goes into which shard: a pure function of the rows and the settings, in a file."""

@@ -1,0 +1,1 @@
+"""What a shard set holds, and how well it is shuffled."""

@@ -1,0 +1,1 @@
+"""Put a plan on disk, by any number of workers, and mend what was put there."""
