@@ -12,7 +12,7 @@ help:
 	@echo "make test       checks and tests"
 	@echo "make test-slow  the tests that kill real runs for minutes"
 	@echo "make check      formatting, lint, types, architecture"
-	@echo "make bench      measure the loader against the bare decoder"
+	@echo "make bench      measure the loader against the bare decoder (shards: benchmarks/shards.py IMAGES)"
 	@echo "make clean      remove .venv, caches and the demo's output"
 
 $(READY): pyproject.toml constraints.txt

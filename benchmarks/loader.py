@@ -110,9 +110,11 @@ def loader(manifest: Manifest, config: DataConfig, images: int, workers: int) ->
 
 def make_photographs(folder: Path, count: int) -> Path:
     """JPEGs of 500 x 375 pixels with smooth shapes and grain, about the weight of ImageNet's, as one shard set."""
-    from vitscale_shards.plan import make_plan
-    from vitscale_shards.sources import ImageFolder
-    from vitscale_shards.writer import write_split
+    from vitscale_shards.place import LocalPlace
+    from vitscale_shards.planning.planner import make_plans
+    from vitscale_shards.planning.settings import PlanSettings
+    from vitscale_shards.sources import SourceSpec
+    from vitscale_shards.writing.workers import write_sets
 
     rng = np.random.default_rng(0)
     images = folder / "images" / "photograph"
@@ -124,10 +126,9 @@ def make_photographs(folder: Path, count: int) -> Path:
         encoded = io.BytesIO()
         picture.save(encoded, "JPEG", quality=90)
         (images / f"{number:05d}.jpg").write_bytes(encoded.getvalue())
-    source = ImageFolder(folder / "images")
-    (plan,) = make_plan(source.rows(), source=source.name, classes=source.classes)
-    write_split(plan, source, folder / "photographs")
-    return folder / "photographs"
+    spec = SourceSpec((str(folder / "images"),))
+    write_sets(make_plans(spec.open(), spec.to_json(), PlanSettings(), LocalPlace(folder / "photographs")), spec)
+    return folder / "photographs" / "train"
 
 
 if __name__ == "__main__":
