@@ -28,6 +28,9 @@ LevelOption = Annotated[
     Literal["sizes", "checksums", "headers", "pixels"],
     typer.Option(help="How deep to look; each level includes those before it. All but the first read every byte."),
 ]
+MovedTo = Annotated[
+    list[str] | None, typer.Option("--source", help="Where the source of the plan lies now, if it has moved.")
+]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that share the work.")]
 
 
@@ -39,8 +42,9 @@ def verify(out: Out, level: LevelOption = "headers", workers: Workers = 1) -> No
         found += len(faults)
         _show(place, faults)
         typer.echo(f"{place.url}: {count(len(faults), 'fault') if faults else 'nothing wrong'} (level {level})")
+        if faults:
+            warn(_advice(place))
     if found:
-        warn(f"'vitscale shards repair {out}' mends what can be mended")
         raise typer.Exit(1)
 
 
@@ -51,6 +55,7 @@ def repair(
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="Bad images to leave out.  [default: as many as were left out before]")
     ] = None,
+    moved_to: MovedTo = None,
 ) -> None:
     """Verify shard sets and mend them: write again, from the plan, only what is broken; exit code 1 if faults are left.
 
@@ -63,16 +68,21 @@ def repair(
             typer.echo(f"{place.url}: nothing wrong (level {level})")
             continue
         _show(place, faults)
-        _mend(place, faults, workers, max_failures)
+        _mend(place, faults, workers, max_failures, moved_to)
         faults = _verify(place, level, workers)
         left += len(faults)
         _show(place, faults)
+        if any(fault.kind == "sample" for fault in faults):
+            warn(
+                "faults of samples in tars with the right checksum are the same in the source: write another set with "
+                "--check decode and --max-failures N, or --exclude them"
+            )
         typer.echo(f"{place.url}: {count(len(faults), 'fault') + ' left' if faults else 'mended'} (level {level})")
     if left:
         raise typer.Exit(1)
 
 
-def retry(out: Out) -> None:
+def retry(out: Out, moved_to: MovedTo = None) -> None:
     """Try again the images that were left out of complete sets, and only these."""
     from vitscale_shards.planning.plan import Plan
     from vitscale_shards.sources import SourceSpec
@@ -81,9 +91,12 @@ def retry(out: Out) -> None:
 
     for place in _sets(out):
         plan, failures = Plan(place), len(read_failures(place))
+        if not failures:
+            typer.echo(f"{plan.head.split}: nothing was left out")
+            continue
         with progress("images") as advance:
             tried = counter(advance, f"{plan.head.split}: trying again", failures)
-            back = retry_set(plan, SourceSpec.from_json(plan.head.source).open(), advance=tried)
+            back = retry_set(plan, SourceSpec.from_json(plan.head.source).moved(moved_to).open(), advance=tried)
         typer.echo(f"{plan.head.split}: {back} of {count(failures, 'image')} that had been left out came in")
         typer.echo(summary(plan))
 
@@ -200,17 +213,31 @@ def _without_vain_labels(source: SourceOptions, locations: list[str]) -> SourceO
     return source if needed else replace(source, labels=None)
 
 
-def _mend(place: Place, faults: list[SetFault], workers: int, max_failures: int | None) -> None:
+def _advice(place: Place) -> str:
+    from vitscale.data.manifest import INDEX_NAME
+    from vitscale_shards.writing.records import PROGRESS
+
+    plan, index_there = _plan_of(place), place.size(INDEX_NAME) is not None
+    if plan is not None and not index_there and (place.names(PROGRESS) or not any(".tar" in n for n in place.names())):
+        return f"{place.url}: is not complete; 'vitscale shards write {place.url}' goes on with it"
+    if plan is None and not index_there:
+        return f"{place.url}: has no index; 'vitscale shards index {place.url}' makes one"
+    return f"'vitscale shards repair {place.url}' mends what can be mended"
+
+
+def _mend(
+    place: Place, faults: list[SetFault], workers: int, max_failures: int | None, moved_to: list[str] | None
+) -> None:
     from vitscale_shards.checking.whole_set import read_index
     from vitscale_shards.sources import SourceSpec
     from vitscale_shards.writing.mend import changed_shards, prepare_repair
-    from vitscale_shards.writing.records import read_failures
+    from vitscale_shards.writing.records import Records, read_failures
     from vitscale_shards.writing.workers import write_sets
 
     plan = _plan_of(place)
     before = None if any(fault.kind == "index" for fault in faults) else read_index(place)
     allowed = len(read_failures(place)) if max_failures is None else max_failures
-    spec = None if plan is None else SourceSpec.from_json(plan.head.source)
+    spec = None if plan is None else SourceSpec.from_json(plan.head.source).moved(moved_to)
     with progress("shards") as advance:
         compared = counter(advance, "comparing", None if plan is None else plan.num_shards)
         repairs = prepare_repair(plan, place, faults, spec, advance=compared)
@@ -218,8 +245,12 @@ def _mend(place: Place, faults: list[SetFault], workers: int, max_failures: int 
         typer.echo(f"{place.url}/{note}")
     if not repairs.reopened or plan is None or spec is None:
         return
-    with progress("images") as advance:
-        write_sets([plan], spec, workers=workers, max_failures=allowed, report=advance, warn=warn)
+    try:
+        with progress("images") as advance:
+            write_sets([plan], spec, workers=workers, max_failures=allowed, report=advance, warn=warn)
+    except DataError:
+        Records(plan).close_again()  # what is not broken stays of use
+        raise
     for name in repairs.to_write:
         typer.echo(f"{place.url}/{name}: written again")
     for name in changed_shards(before, read_index(place)) if before else []:

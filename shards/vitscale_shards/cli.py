@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitscale.errors import DataError
-from vitscale_shards.check_cli import dedup, index, repair, retry, stats, verify
+from vitscale_shards.check_cli import MovedTo, dedup, index, repair, retry, stats, verify
 from vitscale_shards.options import PlanOptions, SourceOptions, spread
 from vitscale_shards.progress import counter, progress
 from vitscale_shards.words import count, summary, warn
@@ -69,6 +69,7 @@ def write(
     options: PlanOptions,
     workers: Workers = 1,
     max_failures: MaxFailures = 0,
+    moved_to: MovedTo = None,
 ) -> None:
     """Plan SOURCE and write it as shard sets, one in OUT/<split> for each split.
 
@@ -80,7 +81,7 @@ def write(
     out = open_place(paths[-1])
     if len(paths) == 1:
         plans = _open_plans(out)
-        spec = SourceSpec.from_json(plans[0].head.source)
+        spec = SourceSpec.from_json(plans[0].head.source).moved(moved_to)
     else:
         spec = source.spec(paths[:-1])
         plans = _make_plans(spec, options.settings(), out)
@@ -108,6 +109,8 @@ def _open_plans(out: Place) -> list[Plan]:
     """
     from vitscale_shards.planning.plan import PLAN_NAME, Plan
 
+    if out.size(PLAN_NAME) is not None:
+        return [Plan(out)]
     splits = [name for name in out.folders() if out.child(name).size(PLAN_NAME) is not None]
     if not splits:
         raise DataError(
@@ -127,37 +130,42 @@ def _write(plans: list[Plan], spec: SourceSpec, workers: int, max_failures: int)
     from vitscale_shards.writing.workers import write_sets
 
     complete = [made for made in plans if made.place.size(INDEX_NAME) is not None]
-    for made in complete:
-        _check_complete(made)
     missing = [made for made in plans if made not in complete]
-    if missing:
+    unclean = [made for made in complete if not _check_complete(made)]
+    if missing or unclean:
         with progress("images") as advance:
-            write_sets(missing, spec, workers=workers, max_failures=max_failures, report=advance, warn=warn)
+            write_sets(
+                [*unclean, *missing], spec, workers=workers, max_failures=max_failures, report=advance, warn=warn
+            )
     for made in plans:
         typer.echo(summary(made, was_complete=made in complete))
 
 
-def _check_complete(plan: Plan) -> None:
+def _check_complete(plan: Plan) -> bool:
     """See that a set that has an index has all its files.
+
+    Returns:
+        Whether nothing else is there; else what its writing has left behind needs to be tidied up.
 
     Raises:
         DataError: it has not.
     """
     from vitscale_shards.checking.verify import format_fault, verify_set
 
-    faults = list(verify_set(plan.place, level="sizes", plan=plan.head.digest))
-    if faults:
+    found = list(verify_set(plan.place, level="sizes", plan=plan.head.digest))
+    if faults := [fault for fault in found if fault.kind != "leftover"]:
         raise DataError(
             f"{plan.place.url}: was complete, but is damaged ({count(len(faults), 'fault')}, such as: "
             f"{format_fault(faults[0])}); 'vitscale shards repair {plan.place.url}' mends it"
         )
+    return not found
 
 
 def _tell_about(source: Source, plans: list[Plan]) -> None:
     """Say what was left aside, which the user may not expect."""
     if source.ignored.total():
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in source.ignored.most_common(8) if number)
-        warn(f"left aside, since they are no images with a label: {kinds}")
+        warn(f"left aside: {kinds}")
     used = {label for plan in plans for label, images in enumerate(plan.head.label_counts) if images}
     empty = [name for label, name in enumerate(source.classes or ()) if label not in used]
     if empty:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vitscale_shards.planning.settings import PlanSettings
     from vitscale_shards.sources import SourceSpec
 
+QUALITY = 95
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -86,7 +87,7 @@ class PlanOptions:
     resize_short: Annotated[
         int | None, typer.Option(min=1, help="Shrink larger images to this shorter side, in pixels, as JPEG.")
     ] = None
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of the JPEGs of --resize-short.")] = 95
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of the JPEGs of --resize-short.")] = QUALITY
 
     def settings(self) -> PlanSettings:
         """The plan's settings.
@@ -97,6 +98,8 @@ class PlanOptions:
         from vitscale_shards.images import Treatment
         from vitscale_shards.planning.settings import PlanSettings
 
+        if self.resize_short is None and self.quality != QUALITY:
+            raise DataError(f"quality {self.quality}: images are copied as they are; give --resize-short PX too")
         return PlanSettings(
             split=self.split,
             lists=tuple(_named_list(text) for text in self.split_list or ()),

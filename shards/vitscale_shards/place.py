@@ -175,11 +175,11 @@ class LocalPlace:
         try:
             with os.scandir(self.folder / folder) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir() != files)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def _status(self, name: str) -> os.stat_result | None:
         try:
             return (self.folder / name).stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None

@@ -27,6 +27,7 @@ from vitscale_shards.place import LocalPlace, Place
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 """Package to install by the protocol of a URL."""
 
+REMOVE_ATTEMPTS = 3
 # To ask for the size of more objects than this one by one takes longer than a listing.
 FEW_OBJECTS = 20
 READ_AHEAD_BYTES = 8 << 20
@@ -56,7 +57,7 @@ def open_place(text: str | Path, *, scratch: Path | None = None) -> Place:
         return LocalPlace(Path(text.removeprefix("file://")))
     if _NO_PATH.match(text):
         raise DataError(f"{text}: no shard set can lie there; give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
-    return LocalPlace(Path(text))
+    return LocalPlace(Path(text).expanduser())
 
 
 class RemotePlace:
@@ -171,15 +172,18 @@ class RemotePlace:
 
     def remove_folder(self, name: str) -> None:
         """Remove all objects below a prefix."""
-        paths = self._below(name)
-        if not paths:
-            return
-        # Another process may be removing them too.
-        with suppress(FileNotFoundError), self._driver(name) as (driver, _):
-            driver.rm(sorted(paths))
-        # s3fs passes over what it is not allowed to remove.
-        if kept := paths & self._below(name):
-            text = f"{len(kept)} of {len(paths)} objects could not be removed, such as {min(kept)}"
+        kept: set[str] = set()
+        for _ in range(REMOVE_ATTEMPTS):
+            paths = self._below(name)
+            if not paths:
+                return
+            # Another process may be removing them too.
+            with suppress(FileNotFoundError), self._driver(name) as (driver, _driver_path):
+                driver.rm(sorted(paths))
+            # s3fs passes over what it is not allowed to remove; what came meanwhile is removed in the next round.
+            kept = paths & self._below(name)
+        if kept:
+            text = f"{len(kept)} objects could not be removed, such as {min(kept)}"
             raise PermissionError(errno.EACCES, text, self._url(name))
 
     def sync(self) -> None:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from vitscale.data.manifest import Manifest
     from vitscale_shards.planning.plan import Plan
 
 
 def count(number: int, what: str) -> str:
     """``1 shard``, ``2,000 shards``."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+    if number == 1:
+        return f"1 {what}"
+    return f"{number:,} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def warn(text: str) -> None:
@@ -28,7 +31,7 @@ def summary(plan: Plan, *, was_complete: bool = False) -> str:
     place, manifest = plan.place, read_index(plan.place)
     text = (
         f"{manifest.split}: {manifest.num_samples:,} samples, {count(len(manifest.shards), 'shard')}, "
-        f"{manifest.num_bytes / 1e6:,.1f} MB, {len(manifest.classes or ())} classes -> {place.url}"
+        f"{manifest.num_bytes / 1e6:,.1f} MB, {_classes(manifest)} -> {place.url}"
     )
     if was_complete:
         text += " (was complete already; nothing written, file contents were not compared)"
@@ -38,3 +41,7 @@ def summary(plan: Plan, *, was_complete: bool = False) -> str:
             f"'vitscale shards retry {place.url}' tries only these again"
         )
     return text
+
+
+def _classes(manifest: Manifest) -> str:
+    return "labels without names" if manifest.classes is None else count(len(manifest.classes), "class")

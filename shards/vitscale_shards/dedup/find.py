@@ -53,6 +53,7 @@ def find_duplicates(
     if not against and not settings.within:
         raise DataError("dedup: nothing to compare: name held-out sets with --against, or search within the source")
     try:
+        _refuse_others_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder / ".lock")
         if not lock.take():
@@ -66,6 +67,16 @@ def find_duplicates(
             f"{folder}: reading or writing failed ({error}); mend that and give the same command again: it goes on "
             f"where it stopped"
         ) from error
+
+
+def _refuse_others_folder(folder: Path) -> None:
+    """See that a report does not come among other files, which might be a dataset."""
+    own = {"fingerprints", "summary.json", ".lock"}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not names & own:
+        raise DataError(
+            f"{folder}: holds {len(names)} other files, such as {min(names)}; give the report a folder of its own"
+        )
 
 
 def _find(

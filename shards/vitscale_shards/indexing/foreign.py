@@ -17,8 +17,10 @@ from vitscale_shards.indexing.index_tar import IndexedTar, TarIndexer
 from vitscale_shards.indexing.tar_urls import find_tars
 from vitscale_shards.parallel import in_order
 from vitscale_shards.place import LocalPlace, Place
+from vitscale_shards.planning.plan import PLAN_NAME
 from vitscale_shards.remote import DRIVERS, RemotePlace
 from vitscale_shards.tar import key_of
+from vitscale_shards.writing.records import PROGRESS
 
 MAX_BAD_TARS = 10
 
@@ -110,6 +112,11 @@ def _check_classes(classes: Sequence[str] | None) -> None:
 
 
 def _check_no_index(target: Place, overwrite: bool) -> None:
+    if target.size(PLAN_NAME) is not None or target.names(PROGRESS):
+        raise DataError(
+            f"{target.url}: was written from a plan, so that its index must come from there; 'vitscale shards write "
+            f"{target.url}' goes on with an unfinished set, 'vitscale shards repair {target.url}' mends a complete one"
+        )
     if overwrite or target.size(INDEX_NAME) is None:
         return
     try:

@@ -150,15 +150,23 @@ def check_folder(head: PlanHead, out: Place) -> None:
 
 
 def _difference(there: PlanHead, head: PlanHead) -> str:
-    changed = [key for key, value in there.settings.items() if value != head.settings.get(key)]
+    before, now = _options(there), _options(head)
+    changed = [f"{name} {value} there, {now.get(name)} now" for name, value in before.items() if value != now.get(name)]
     if changed:
-        words = (f"{key}: {there.settings[key]!r} there, {head.settings.get(key)!r} now" for key in changed)
-        return f"settings ({'; '.join(words)})"
+        return f"settings ({'; '.join(changed)})"
     if there.classes != head.classes:
         return f"classes ({len(there.classes or ())} there, {len(head.classes or ())} now)"
     if there.source_name != head.source_name:
         return f"images ({there.source_name!r} there, {head.source_name!r} now)"
     return f"images (the source {head.source_name!r} or one of the lists has changed since)"
+
+
+def _options(head: PlanHead) -> dict[str, str]:
+    """The settings as a user gives them."""
+    settings = {**head.settings, **head.settings.get("treatment", {})}
+    settings.pop("treatment", None)
+    names = {name: f"--{name.replace('_', '-')}" for name in settings} | {"lists": "--split-list"}
+    return {names[name]: "not given" if value in (None, "", []) else str(value) for name, value in settings.items()}
 
 
 def _check_siblings(head: PlanHead, out: Place) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from vitscale.errors import DataError
 from vitscale_shards.rows import MAX_IMAGE_BYTES, BadImageError, Row, image_key
 
+# A folder of such is a dataset, not a class.
+SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "minival"})
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -82,6 +84,11 @@ class ImageFolder:
             raise DataError(
                 f"{folder}: holds no class folder; images must lie in folder/class/name.jpg; "
                 f"put them in one folder per class"
+            )
+        if classes is None and {name.lower() for name in self._class_folders} <= SPLIT_FOLDERS:
+            raise DataError(
+                f"{folder}: its folders are called {', '.join(self._class_folders)}, which are splits, not classes; "
+                f"shard {folder}/{self._class_folders[0]} and the others one by one (or name them with --classes FILE)"
             )
         self.classes = self._class_folders if classes is None else tuple(classes)
         self._labels = {name: label for label, name in enumerate(self.classes)}

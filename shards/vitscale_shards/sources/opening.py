@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from vitscale.errors import DataError
+from vitscale.errors import DataError, VitscaleError
 from vitscale_shards.planning.settings import read_list
 from vitscale_shards.rows import Source
 
@@ -60,6 +60,10 @@ class SourceSpec:
             root=self.root and _absolute(self.root),
         )
 
+    def moved(self, locations: Sequence[str] | None) -> SourceSpec:
+        """The same dataset at other places; itself if there are none."""
+        return replace(self, locations=tuple(locations)).absolute() if locations else self
+
     def refuse_nested(self, folder: Path) -> None:
         """See that what is written to a folder cannot be taken for images of the source.
 
@@ -102,7 +106,7 @@ class SourceSpec:
 def _absolute(location: str) -> str:
     if location == "digits" or "://" in location:
         return location
-    return os.path.abspath(location)  # noqa: PTH100 (patterns are no paths)
+    return os.path.abspath(os.path.expanduser(location))  # noqa: PTH100, PTH111 (patterns are no paths)
 
 
 def _own_source(name: str, location: str) -> Source:
@@ -116,7 +120,12 @@ def _own_source(name: str, location: str) -> Source:
         ) from error
     finally:
         sys.path.pop(0)
-    return cast(Source, own(location))
+    try:
+        return cast(Source, own(location))
+    except VitscaleError:
+        raise
+    except Exception as error:  # the user's own code raises what it likes
+        raise DataError(f"{location}: {name} cannot open it ({error!r})") from error
 
 
 def _open_location(location: str, spec: SourceSpec, classes: Sequence[str] | None) -> Source:

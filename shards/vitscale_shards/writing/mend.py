@@ -114,13 +114,17 @@ def prepare_repair(
     kinds = {fault.kind for fault in faults}
     broken = {fault.file for fault in faults if fault.kind in _TAR_FAULTS}
     if plan is None and (broken or "index" in kinds):
-        what = f"{len(broken)} tars are broken" if broken else f"{INDEX_NAME} is"
+        what = f"broken tars ({len(broken)})" if broken else f"no {INDEX_NAME} to rely upon"
         raise DataError(
-            f"{place.url}: {what} and there is no {PLAN_NAME} to write from; copy the set again from where it came, or "
+            f"{place.url}: {what}, and no {PLAN_NAME} to write from; copy the set again from where it came, or "
             f"make its index anew with 'vitscale shards index {place.url} --overwrite'"
         )
     if plan is not None and "index" in kinds and place.names(PROGRESS):
         raise DataError(f"{place.url}: is not complete; 'vitscale shards write {place.url}' goes on with it")
+    if plan is not None and place.size(INDEX_NAME) is None and not any(n.endswith(".tar") for n in place.names()):
+        raise DataError(f"{place.url}: is not complete; 'vitscale shards write {place.url}' goes on with it")
+    # Before anything is changed: without the source, nothing broken can be mended.
+    source = None if spec is None or not (broken or "index" in kinds) else spec.open()
     repairs = Repairs()
     with explained(place):
         _tidy(place, faults, repairs)
@@ -129,11 +133,11 @@ def prepare_repair(
             if tar not in broken and "index" not in kinds:
                 place.publish_text(name, format_idx(_members_of(place, tar)))
                 repairs.notes.append(f"{name}: made anew from {tar}")
-        if plan is None or spec is None or not (broken or "index" in kinds):
+        if plan is None or source is None:
             return repairs
         if "index" in kinds:
             repairs.notes.append(f"{INDEX_NAME}: not relied upon; every tar is compared with what the plan gives")
-            kept = _compared(plan, from_source(spec.open(), plan.head.treatment), advance)
+            kept = _compared(plan, from_source(source, plan.head.treatment), advance)
         else:
             kept = [r for r in _records(read_index(place), read_failures(place)) if r.shard.name not in broken]
         Records(plan).reopen(kept)
@@ -151,7 +155,10 @@ def changed_shards(before: Manifest, after: Manifest) -> list[str]:
 
 def _tidy(place: Place, faults: Iterable[SetFault], repairs: Repairs) -> None:
     for fault in faults:
-        if fault.kind == "leftover" and place.size(fault.file) is not None:
+        if fault.file == PROGRESS and place.size(INDEX_NAME) is not None:
+            place.remove_folder(PROGRESS)
+            repairs.notes.append(f"{PROGRESS}: removed; the set is complete")
+        elif fault.kind == "leftover" and place.size(fault.file) is not None:
             place.remove(fault.file)
             repairs.notes.append(f"{fault.file}: removed")
         elif fault.kind == "foreign" and place.size(fault.file) is not None:

@@ -14,6 +14,7 @@ from vitscale_shards.writing.compose import Failure
 
 PROGRESS = ".progress"
 FINISHED_NAME = "finished.jsonl"
+FORMER_INDEX_NAME = "former-index"
 READERS = 16
 FAILURES_NAME = "failures.jsonl"
 
@@ -87,11 +88,20 @@ class Records:
 
         From here on, any worker goes on with the others.
         """
-        self._place.publish_text(
-            f"{PROGRESS}/{FINISHED_NAME}", "".join(self._line(record) + "\n" for record in records)
-        )
+        lines = "".join(self._line(record) + "\n" for record in records)
+        if self._place.size(INDEX_NAME) is not None:
+            self._place.publish_text(f"{PROGRESS}/{FORMER_INDEX_NAME}", self._place.read_text(INDEX_NAME))
+        self._place.publish_text(f"{PROGRESS}/{FINISHED_NAME}", lines)
         self._place.sync()
         self._place.remove(INDEX_NAME)
+
+    def close_again(self) -> None:
+        """Undo :meth:`reopen`: the former index, if there was one, is what counts."""
+        former = f"{PROGRESS}/{FORMER_INDEX_NAME}"
+        if self._place.size(INDEX_NAME) is None and self._place.size(former) is not None:
+            self._place.publish_text(INDEX_NAME, self._place.read_text(former))
+            self._place.sync()
+            self._place.remove_folder(PROGRESS)
 
     def _line(self, record: ShardRecord) -> str:
         return json.dumps({"plan": self._digest, **asdict(record)})

@@ -206,7 +206,8 @@ class _Worker:
         last = failures[-1]
         raise DataError(
             f"{last.path}: {last.reason}; bad image {len(failures)}, allowed are {self._max_failures} (all are listed "
-            f"in {self._place.url}/{FAILURES_NAME}); mend the file, or leave bad images out with --max-failures N"
+            f"in {self._place.url}/{FAILURES_NAME}); mend the file and plan anew, or leave bad images out with "
+            f"--max-failures N"
         )
 
     def _finish(self) -> None:

@@ -56,7 +56,7 @@ def test_what_was_left_aside_is_said(images: Path, tmp_path: Path) -> None:
     (images / "nothing").mkdir()
     (images / "class1" / "bad.png").touch()
     result = run("write", images, tmp_path / "out", "--max-failures", "1")
-    assert "left aside, since they are no images with a label: 1 .txt" in result.stderr
+    assert "left aside: 1 .txt" in result.stderr
     assert "classes without an image, which keep their labels: 1 of 4, nothing" in result.stderr
     assert "1 bad image left out, see" in result.stdout
 
@@ -93,7 +93,7 @@ def test_a_plan_is_followed_by_workers_that_know_only_where_it_is(images: Path, 
 def test_a_plan_is_made_again_only_if_it_is_the_same(images: Path, tmp_path: Path) -> None:
     run("plan", images, tmp_path / "out")
     run("plan", images, tmp_path / "out")
-    with pytest.raises(DataError, match=r"other settings \(seed: 0 there, 1 now\)"):
+    with pytest.raises(DataError, match=r"other settings \(--seed 0 there, 1 now\)"):
         run("plan", images, tmp_path / "out", "--seed", "1")
     Image.new("L", (9, 9)).save(images / "class0" / "new.jpg")
     with pytest.raises(DataError, match=r"other images .*has changed since"):
@@ -267,6 +267,80 @@ def test_sets_are_written_to_object_storage_checked_and_mended(images: Path, tmp
     assert "0 of 1 image" in run("retry", out).stdout  # another size than when it was planned
     with bucket.open("train-000001.tar") as file:
         assert file.read() == (tmp_path / "out" / "train" / "train-000001.tar").read_bytes()
+
+
+def test_a_source_that_has_moved_is_named(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("plan", images, out)
+    images.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="no such file or folder"):
+        run("write", out / "train")
+    run("write", out / "train", "--source", tmp_path / "moved")
+    (out / "train" / "train-000000.tar").unlink()
+    failed = CliRunner().invoke(app, ["repair", str(out)])
+    assert isinstance(failed.exception, DataError)
+    assert (out / "train" / "index.json").exists()
+    assert run("repair", out, "--source", tmp_path / "moved").exit_code == 0
+    assert "nothing was left out" in run("retry", out).stdout
+
+
+def test_a_repair_that_fails_keeps_the_index(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("write", images, out, "--samples-per-shard", "4")
+    (out / "train" / "train-000001.tar").unlink()
+    for path in images.rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        run("repair", out)
+    found = run("verify", out)
+    assert "train-000001.tar: missing" in found.stdout
+    assert "1 fault (" in found.stdout
+
+
+@pytest.mark.parametrize("command", ["verify", "repair", "retry", "stats"])
+def test_what_is_no_set_is_told(tmp_path: Path, command: str) -> None:
+    (tmp_path / "table.csv").write_text("x")
+    for path in (tmp_path / "table.csv", tmp_path / "nothing", tmp_path):
+        with pytest.raises(DataError, match="no shard set"):
+            run(command, path)
+
+
+def test_the_advice_fits_what_is_there(images: Path, tmp_path: Path) -> None:
+    run("plan", images, tmp_path / "planned")
+    assert "'vitscale shards write" in run("verify", tmp_path / "planned").stderr
+    run("write", images, tmp_path / "out")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "a.tar").write_bytes((tmp_path / "out" / "train" / "train-000000.tar").read_bytes())
+    assert "'vitscale shards index" in run("verify", foreign).stderr
+    with pytest.raises(DataError, match="was written from a plan"):
+        run("index", tmp_path / "out" / "train", "--overwrite")
+    (tmp_path / "out" / "train" / ".progress").mkdir()
+    (tmp_path / "out" / "train" / ".progress" / "x.alive").touch()
+    assert run("verify", tmp_path / "out").exit_code == 1
+    assert "12 samples" in run("write", tmp_path / "out").stdout
+    assert run("verify", tmp_path / "out").exit_code == 0
+
+
+def test_a_report_does_not_come_among_other_files(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").touch()
+    with pytest.raises(
+        DataError, match=r"holds 1 other files, such as photo\.jpg; give the report a folder of its own"
+    ):
+        run("dedup", images, tmp_path / "mine")
+
+
+def test_splits_are_not_taken_for_classes(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    images.rename(tmp_path / "data" / "train")
+    with pytest.raises(DataError, match=r"which are splits, not classes; shard .*/data/train"):
+        run("plan", tmp_path / "data", tmp_path / "out")
+
+
+def test_a_quality_of_nothing_is_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="give --resize-short PX too"):
+        run("plan", images, tmp_path / "out", "--quality", "50")
 
 
 @pytest.mark.parametrize("words", [("--samples-per-shard", "0"), ("--max-failures", "-1")])

@@ -20,6 +20,7 @@ from vitscale_shards.rows import Row
 from vitscale_shards.sources import SourceSpec
 from vitscale_shards.sources.folder import ImageFolder
 from vitscale_shards.writing.mend import changed_shards, prepare_repair, retry
+from vitscale_shards.writing.records import Records
 from vitscale_shards.writing.workers import write_sets
 
 
@@ -152,7 +153,7 @@ def test_without_a_plan_broken_tars_cannot_be_repaired(images: Path, tmp_path: P
     (folder / "plan.parquet").unlink()
     truncate(folder)
     faults = list(verify_set(plan.place))
-    with pytest.raises(DataError, match=r"1 tars are broken and there is no plan\.parquet to write from"):
+    with pytest.raises(DataError, match=r"broken tars \(1\), and no plan\.parquet to write from"):
         prepare_repair(None, plan.place, faults, None)
 
 
@@ -295,3 +296,41 @@ def test_retry_refuses_a_damaged_tar(images: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train-000002\.tar: is not what the index says; mend the set first"):
         retry(plan, ImageFolder(images))
     check_files(read_manifest(tmp_path / "out" / "train"))
+
+
+def test_a_repair_without_the_source_changes_nothing(images: Path, tmp_path: Path) -> None:
+    plan = written(images, tmp_path / "out")
+    folder = tmp_path / "out" / "train"
+    flip(folder)
+    before = content(folder)
+    images.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="no such file or folder"):
+        repair(plan, images)
+    assert content(folder) == before
+    assert repair(plan, tmp_path / "elsewhere") == ["train-000002.tar"]
+    assert not faults_of(plan)
+
+
+def test_a_repair_that_fails_leaves_the_former_index(images: Path, tmp_path: Path) -> None:
+    plan = written(images, tmp_path / "out")
+    folder = tmp_path / "out" / "train"
+    flip(folder)
+    before = content(folder)
+    (images / plan.rows(2)[3].path).unlink()
+    repairs = prepare_repair(plan, plan.place, faults_of(plan), spec_of(images))
+    assert repairs.reopened
+    assert not (folder / "index.json").exists()
+    with pytest.raises(DataError, match="cannot be read"):
+        write_sets([plan], spec_of(images))
+    Records(plan).close_again()
+    (folder / "failures.jsonl").unlink()
+    assert content(folder) == before
+    assert {fault.file for fault in faults_of(plan)} == {"train-000002.tar"}
+
+
+def test_a_set_that_is_only_planned_is_not_repaired(images: Path, tmp_path: Path) -> None:
+    spec = spec_of(images)
+    (plan,) = make_plans(spec.open(), spec.to_json(), PlanSettings(), LocalPlace(tmp_path / "out"))
+    with pytest.raises(DataError, match="is not complete; 'vitscale shards write"):
+        repair(plan, images)
+    assert not list(tmp_path.rglob("*.tar"))

@@ -50,3 +50,10 @@ def test_a_source_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["plan", "--source-class", name, "x", "out"])
     assert "write MODULE:CLASS, importable from the working directory" in str(result.exception)
+
+
+def test_a_source_that_cannot_open_its_place_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("class Broken:\n    def __init__(self, location):\n        open(location)\n")
+    result = CliRunner().invoke(app, ["plan", "--source-class", "broken:Broken", "x", "out"])
+    assert "broken:Broken cannot open it (FileNotFoundError(2, 'No such file or directory'))" in str(result.exception)

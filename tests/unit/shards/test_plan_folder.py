@@ -104,13 +104,12 @@ OTHERS: dict[str, tuple[Listed, dict[str, Any], str]] = {
     "treatment": (
         Listed(rows(30)),
         {"treatment": Treatment(resize_short=9)},
-        "settings (treatment: {'check': 'header', 'resize_short': None, 'quality': 95} there, "
-        "{'check': 'header', 'resize_short': 9, 'quality': 95} now)",
+        "settings (--resize-short not given there, 9 now)",
     ),
-    "seed": (Listed(rows(30)), {"seed": 1}, "settings (seed: 0 there, 1 now)"),
-    "order": (Listed(rows(30)), {"order": "source"}, "settings (order: 'shuffled' there, 'source' now)"),
-    "shard size": (Listed(rows(30)), {"samples_per_shard": 5}, "settings (samples_per_shard: 7 there, 5 now)"),
-    "subset": (Listed(rows(30)), {"subset": "60%"}, "settings (subset: '' there, '60%' now)"),
+    "seed": (Listed(rows(30)), {"seed": 1}, "settings (--seed 0 there, 1 now)"),
+    "order": (Listed(rows(30)), {"order": "source"}, "settings (--order shuffled there, source now)"),
+    "shard size": (Listed(rows(30)), {"samples_per_shard": 5}, "settings (--samples-per-shard 7 there, 5 now)"),
+    "subset": (Listed(rows(30)), {"subset": "60%"}, "settings (--subset not given there, 60% now)"),
 }
 
 
