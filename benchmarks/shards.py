@@ -1,6 +1,6 @@
 """How fast datasets become shard sets, against the copy of the same bytes and a plain loop, in one run on one disk.
 
-    python benchmarks/shards.py IMAGES [--folder SCRATCH] [--copies 40] [--repeats 3]
+    python benchmarks/shards.py IMAGES [--folder SCRATCH] [--copies 40] [--repeats 3] [--no-encode]
 
 IMAGES is a folder of images, with or without folders of classes. Prints seconds and ratios; results that are worth
 keeping go to benchmarks/results with the command, the versions and the machine.
@@ -43,14 +43,15 @@ def main() -> None:
         "--copies", type=int, default=40, help="copies of the images, each its own class, to be sharded"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-encode", action="store_true", help="leave out what decodes and encodes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         source = Path(scratch) / "source"
         spread(arguments.images, source, arguments.copies)
-        measure(source, Path(scratch), arguments.repeats)
+        measure(source, Path(scratch), arguments.repeats, encode=not arguments.no_encode)
 
 
-def measure(source: Path, scratch: Path, repeats: int) -> None:
+def measure(source: Path, scratch: Path, repeats: int, *, encode: bool) -> None:
     """Interleave the contestants, so that a busy moment of the machine hits all of them."""
     out = scratch / "out"
     contestants: dict[str, Callable[[], None]] = {
@@ -58,9 +59,12 @@ def measure(source: Path, scratch: Path, repeats: int) -> None:
         "webdataset.ShardWriter loop and sync": lambda: plain_loop(source, out),
         "shards write, 1 worker": lambda: write(source, out),
         "shards write, 2 workers": lambda: write(source, out, "--workers", "2"),
-        "bare decode, resize, encode, 1 core": lambda: bare_encode(source),
-        "shards write --resize-short, 1 worker": lambda: write(source, out, "--resize-short", str(SHORT_PX)),
     }
+    if encode:
+        contestants["bare decode, resize, encode, 1 core"] = lambda: bare_encode(source)
+        contestants["shards write --resize-short, 1 worker"] = lambda: write(
+            source, out, "--resize-short", str(SHORT_PX)
+        )
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
@@ -84,10 +88,12 @@ def report(source: Path, seconds: dict[str, list[float]]) -> None:
     for name, values in seconds.items():
         rates = f"{len(files) / median[name]:.0f} | {megabytes / median[name]:.0f}"
         print(f"| {name} | {median[name]:.2f} | {min(values):.2f} | {max(values):.2f} | {rates} |")
-    copied, looped, one, two, bare, encoded = median.values()
+    copied, looped, one, two, *encoding = median.values()
     print(f"\nspeed of 1 worker over that of cp -r and sync: {copied / one:.2f}")
     print(f"speed of 2 workers over that of the plain loop: {looped / two:.2f}")
-    print(f"time of --resize-short over that of the bare decoder and encoder: {encoded / bare:.2f}")
+    if encoding:
+        bare, encoded = encoding
+        print(f"time of --resize-short over that of the bare decoder and encoder: {encoded / bare:.2f}")
 
 
 def spread(images: Path, source: Path, copies: int) -> None:
