@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -80,12 +82,11 @@ def write(
 
     out = open_place(paths[-1])
     if len(paths) == 1:
-        plans = _open_plans(out)
-        spec = SourceSpec.from_json(plans[0].head.source).moved(moved_to)
+        for content, plans in _by_source(_open_plans(out), moved_to):
+            _write(plans, SourceSpec.from_json(content).moved(moved_to), workers, max_failures)
     else:
         spec = source.spec(paths[:-1])
-        plans = _make_plans(spec, options.settings(), out)
-    _write(plans, spec, workers, max_failures)
+        _write(_make_plans(spec, options.settings(), out), spec, workers, max_failures)
 
 
 def _make_plans(spec: SourceSpec, settings: PlanSettings, out: Place) -> list[Plan]:
@@ -123,6 +124,20 @@ def _open_plans(out: Place) -> list[Plan]:
                 f"{out.url}: the plan of {', '.join(missing)} is missing; give the command again that made the others"
             )
     return plans
+
+
+def _by_source(plans: list[Plan], moved_to: list[str] | None) -> Iterator[tuple[dict[str, Any], list[Plan]]]:
+    """The plans of each source: training and validation sets often come from two.
+
+    Raises:
+        DataError: several sources cannot all have moved to one place.
+    """
+    groups = [(content, list(group)) for content, group in groupby(plans, key=lambda plan: plan.head.source)]
+    if moved_to and len(groups) > 1:
+        raise DataError(
+            f"--source: the sets have {len(groups)} sources; write them one by one, as OUT/{plans[0].head.split}"
+        )
+    yield from groups
 
 
 def _write(plans: list[Plan], spec: SourceSpec, workers: int, max_failures: int) -> None:

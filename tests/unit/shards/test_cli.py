@@ -269,6 +269,24 @@ def test_sets_are_written_to_object_storage_checked_and_mended(images: Path, tmp
         assert file.read() == (tmp_path / "out" / "train" / "train-000001.tar").read_bytes()
 
 
+def test_sets_of_two_sources_are_written_each_from_its_own(images: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for path in images.rglob("*.jpg"):
+        twin = other / path.relative_to(images)
+        twin.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (11, 11), 99).save(twin)
+    out = tmp_path / "out"
+    run("plan", images, out)
+    run("plan", other, out, "--split", "val=1")
+    with pytest.raises(DataError, match="the sets have 2 sources; write them one by one, as OUT/train"):
+        run("write", out, "--source", images)
+    run("write", out)
+    for split, source in (("train", images), ("val", other)):
+        run("write", source, tmp_path / "alone", "--split", f"{split}=1")
+        for name in ("train-000000.tar", "index.json") if split == "train" else ("val-000000.tar", "index.json"):
+            assert (out / split / name).read_bytes() == (tmp_path / "alone" / split / name).read_bytes()
+
+
 def test_a_source_that_has_moved_is_named(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("plan", images, out)
