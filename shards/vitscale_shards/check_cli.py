@@ -215,12 +215,13 @@ def _without_vain_labels(source: SourceOptions, locations: list[str]) -> SourceO
 
 def _advice(place: Place) -> str:
     from vitscale.data.manifest import INDEX_NAME
-    from vitscale_shards.writing.records import PROGRESS
+    from vitscale_shards.planning.plan import PLAN_NAME
+    from vitscale_shards.writing.mend import is_unfinished, not_complete
 
-    plan, index_there = _plan_of(place), place.size(INDEX_NAME) is not None
-    if plan is not None and not index_there and (place.names(PROGRESS) or not any(".tar" in n for n in place.names())):
-        return f"{place.url}: is not complete; 'vitscale shards write {place.url}' goes on with it"
-    if plan is None and not index_there:
+    planned = place.size(PLAN_NAME) is not None
+    if planned and is_unfinished(place):
+        return not_complete(place)
+    if not planned and place.size(INDEX_NAME) is None:
         return f"{place.url}: has no index; 'vitscale shards index {place.url}' makes one"
     return f"'vitscale shards repair {place.url}' mends what can be mended"
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from vitscale.data.manifest import Member
 
+if TYPE_CHECKING:
+    import numpy as np
+
+Sizes = TypeVar("Sizes", int, "np.ndarray[Any, np.dtype[np.int64]]")
 BLOCK = 512
 RECORD = 10_240
 _ZEROS = bytes(RECORD)
@@ -54,9 +58,10 @@ def end(size: int) -> bytes:
     return _ZEROS[: 2 * BLOCK] + _ZEROS[: -(size + 2 * BLOCK) % RECORD]
 
 
-def sample_bytes(num_image_bytes: int, num_label_bytes: int = 1) -> int:
-    """What a sample takes in a tar: two headers, an image, a label, their padding."""
-    return 2 * BLOCK + sum(size + -size % BLOCK for size in (num_image_bytes, num_label_bytes))
+def sample_bytes(num_image_bytes: Sizes, num_label_bytes: int = 1) -> Sizes:
+    """What a sample takes in a tar, or each of an array of samples: two headers, an image, a label, their padding."""
+    label = num_label_bytes + -num_label_bytes % BLOCK
+    return 2 * BLOCK + num_image_bytes + -num_image_bytes % BLOCK + label
 
 
 def walk(file: BinaryIO) -> Iterator[Member]:

@@ -9,7 +9,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -159,18 +159,6 @@ def write_until(plan: Plan, source: ImageFolder, stop: Callable[[Tally], bool], 
 def write_and_stop(plan: Plan, source: ImageFolder, images: int, max_failures: int = 0) -> None:
     """Kill the writer after so many images."""
     write_until(plan, source, lambda tally: tally.finished + tally.current == images, max_failures)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)  # plans have files open there
 
 
 def resize(disk: Path, *, room: int) -> None:

@@ -15,6 +15,8 @@ from vitscale.data.order import Order, SampleRef, WindowId
 from vitscale.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
+# Where both are there, the first one counts.
+LABEL_EXTENSIONS = ("cls", "json")
 TAR_BLOCK = 512
 # Open member indexes: a rank walks one shard for each of its lanes at a time. Each takes 8 bytes per sample.
 OPEN_INDEXES = 2048

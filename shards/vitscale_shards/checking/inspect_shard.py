@@ -11,12 +11,11 @@ import numpy as np
 
 from vitscale.data.decode import BadSampleError, decode_image
 from vitscale.data.manifest import IDX_VERSION, Member, format_idx_line
-from vitscale.data.stream import IMAGE_EXTENSIONS
+from vitscale.data.stream import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
 from vitscale_shards.checking.faults import FaultKind, SetFault
 from vitscale_shards.checking.keys import Hashes, hash_keys
 from vitscale_shards.checking.reading import DigestingReader
 from vitscale_shards.checking.samples import (
-    LABEL_EXTENSIONS,
     Part,
     Sample,
     SampleError,

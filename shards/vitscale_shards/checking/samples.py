@@ -10,11 +10,10 @@ from typing import BinaryIO, NamedTuple
 
 from vitscale.data.decode import BadSampleError
 from vitscale.data.manifest import Member
-from vitscale.data.stream import IMAGE_EXTENSIONS, labels_of
+from vitscale.data.stream import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, labels_of
+from vitscale_shards.rows import MAX_IMAGE_BYTES
 from vitscale_shards.tar import key_of
 
-LABEL_EXTENSIONS = ("cls", "json")
-MAX_IMAGE_BYTES = 1 << 30
 MAX_LABEL_BYTES = 1 << 24
 _META = re.compile(r"__[^/]*__($|/)")
 

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
 from vitscale.data.manifest import Member, format_idx
+from vitscale.data.stream import LABEL_EXTENSIONS
 from vitscale.errors import DataError
 from vitscale_shards.checking.faults import printable
 from vitscale_shards.checking.keys import Hashes, hash_keys
 from vitscale_shards.checking.reading import DigestingReader
-from vitscale_shards.checking.samples import LABEL_EXTENSIONS, Part, SampleError, as_sample, group_samples, read_parts
+from vitscale_shards.checking.samples import Part, SampleError, as_sample, group_samples, read_parts
 from vitscale_shards.checking.survey import idx_name_of, read_idx_lines
 from vitscale_shards.checking.whole_set import INDEXING
 from vitscale_shards.place import Place

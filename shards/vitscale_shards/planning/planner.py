@@ -33,7 +33,7 @@ from vitscale_shards.planning.row_tables import row_tables
 from vitscale_shards.planning.settings import HASH_RANGE, PlanSettings, parse_split, parse_subset, upper_limits
 from vitscale_shards.planning.spool import Spool
 from vitscale_shards.rows import Source
-from vitscale_shards.tar import BLOCK
+from vitscale_shards.tar import sample_bytes
 
 SAMPLES_PER_SHARD = 10_000
 _SCRATCH = ".planning-"
@@ -350,7 +350,7 @@ def _weights(rows: pa.Table, settings: PlanSettings) -> Counts:
             f"bytes per shard: the size of {path} is 0, or not known before it is read; give samples per shard, or "
             f"--exclude it"
         )
-    return sizes + -sizes % BLOCK + 3 * BLOCK  # two headers, and the label's block
+    return sample_bytes(sizes)
 
 
 def _cut(tables: Iterator[pa.Table], side: _Side, settings: PlanSettings) -> Iterator[pa.Table]:

@@ -84,12 +84,13 @@ class SourceSpec:
             DataError: nothing is there, or it is of no known kind.
         """
         sources = [self._open_one(location) for location in self.locations]
-        from vitscale_shards.sources.imagenet_val import ImageNetVal
+        if self.labels is not None:
+            from vitscale_shards.sources.imagenet_val import ImageNetVal
 
-        if self.labels is not None and not any(isinstance(source, ImageNetVal) for source in sources):
-            raise DataError(
-                f"{self.locations[0]}: --labels is for ImageNet's validation tar, which it is not; leave it out"
-            )
+            if not any(isinstance(source, ImageNetVal) for source in sources):
+                raise DataError(
+                    f"{self.locations[0]}: --labels is for ImageNet's validation tar, which it is not; leave it out"
+                )
         if len(sources) == 1:
             return sources[0]
         from vitscale_shards.sources.merged import Merged

@@ -6,9 +6,6 @@ import json
 import re
 from typing import Any, NamedTuple
 
-LABEL_EXTENSIONS = ("cls", "json")
-"""Members that may hold the label; where nothing else is known, the first of them that a sample has counts."""
-
 
 class UnusableLabelError(Exception):
     """A sample has no label that can be used; the message continues "sample ..."."""

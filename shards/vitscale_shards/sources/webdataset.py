@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitscale.data.manifest import INDEX_NAME, Member
+from vitscale.data.stream import LABEL_EXTENSIONS
 from vitscale.errors import DataError
 from vitscale_shards.rows import BadImageError, Row, image_key
 from vitscale_shards.sources.archive import ArchiveReader, first_members, place_of
 from vitscale_shards.sources.folder import IMAGE_SUFFIXES
-from vitscale_shards.sources.sample_labels import LABEL_EXTENSIONS, Labels, UnusableLabelError, parse_labels
+from vitscale_shards.sources.sample_labels import Labels, UnusableLabelError, parse_labels
 from vitscale_shards.sources.sample_tars import SampleTar, find_tars, is_pattern, sample_members
 from vitscale_shards.tar import extension_of, key_of
 

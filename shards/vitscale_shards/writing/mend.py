@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vitscale.data.manifest import INDEX_NAME, Manifest, Member, ShardInfo, format_idx, parse_idx_line
+from vitscale.data.stream import LABEL_EXTENSIONS
 from vitscale.errors import DataError
 from vitscale_shards.checking.faults import SetFault
 from vitscale_shards.checking.whole_set import read_index
@@ -43,6 +44,18 @@ class Repairs:
     reopened: bool = False
 
 
+def is_unfinished(place: Place) -> bool:
+    """Whether a planned set is still to be written, in contrast to a complete one that has lost its index."""
+    if place.size(INDEX_NAME) is not None:
+        return False
+    return bool(place.names(PROGRESS)) or not any(name.endswith(".tar") for name in place.names())
+
+
+def not_complete(place: Place) -> str:
+    """What to do with a set that is not complete."""
+    return f"{place.url}: is not complete; 'vitscale shards write {place.url}' goes on with it"
+
+
 def check_complete(plan: Plan) -> Manifest:
     """The index of a complete set.
 
@@ -50,7 +63,7 @@ def check_complete(plan: Plan) -> Manifest:
         DataError: the set is not complete.
     """
     if plan.place.size(INDEX_NAME) is None:
-        raise DataError(f"{plan.place.url}: is not complete; 'vitscale shards write {plan.place.url}' goes on with it")
+        raise DataError(not_complete(plan.place))
     return read_index(plan.place)
 
 
@@ -119,10 +132,8 @@ def prepare_repair(
             f"{place.url}: {what}, and no {PLAN_NAME} to write from; copy the set again from where it came, or "
             f"make its index anew with 'vitscale shards index {place.url} --overwrite'"
         )
-    if plan is not None and "index" in kinds and place.names(PROGRESS):
-        raise DataError(f"{place.url}: is not complete; 'vitscale shards write {place.url}' goes on with it")
-    if plan is not None and place.size(INDEX_NAME) is None and not any(n.endswith(".tar") for n in place.names()):
-        raise DataError(f"{place.url}: is not complete; 'vitscale shards write {place.url}' goes on with it")
+    if plan is not None and is_unfinished(place):
+        raise DataError(not_complete(place))
     # Before anything is changed: without the source, nothing broken can be mended.
     source = None if spec is None or not (broken or "index" in kinds) else spec.open()
     repairs = Repairs()
@@ -222,7 +233,7 @@ class _OldShard:
         self._place, self._name = place, info.name
         self._images: dict[str, Member] = {}
         for line in place.read_text(info.idx_name).splitlines()[1:]:
-            image = next(m for m in parse_idx_line(line, info.idx_name) if m.extension not in ("cls", "json"))
+            image = next(m for m in parse_idx_line(line, info.idx_name) if m.extension not in LABEL_EXTENSIONS)
             self._images[key_of(image.name)] = image
 
     def image_or(self, image_of: ImageOf) -> ImageOf:

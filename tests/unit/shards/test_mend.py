@@ -177,6 +177,18 @@ def test_an_unfinished_set_is_not_repaired_but_written(images: Path, tmp_path: P
         repair(plan, images)
 
 
+def test_a_damaged_index_beside_what_a_writing_left_is_mended(images: Path, tmp_path: Path) -> None:
+    plan = written(images, tmp_path / "out")
+    folder = tmp_path / "out" / "train"
+    whole = content(folder)
+    (folder / "index.json").write_text("{")
+    (folder / ".progress").mkdir()
+    (folder / ".progress" / "x.alive").touch()
+    assert repair(plan, images) == []
+    assert content(folder) == whole
+    assert not faults_of(plan)
+
+
 def test_a_source_that_changed_since_is_told(images: Path, tmp_path: Path) -> None:
     plan = written(images, tmp_path / "out")
     before = read_manifest(tmp_path / "out" / "train")

@@ -26,7 +26,6 @@ from tests.helpers.writing import (
     plan_of,
     recorded,
     resize,
-    small_disk,  # noqa: F401 (a fixture)
     spec_of,
     spoil,
     start_writing,
@@ -337,7 +336,7 @@ def test_the_budget_of_bad_images_is_that_of_all_workers(tmp_path: Path) -> None
 def test_workers_on_a_full_disk_leave_nothing_half_written(
     source: ImageFolder,
     whole: dict[str, bytes],
-    small_disk: Path,  # noqa: F811
+    small_disk: Path,
 ) -> None:
     out = small_disk / "out"
     plan = plan_of(source, out, PER_SHARD)

@@ -27,7 +27,6 @@ from tests.helpers.writing import (
     plan_of,
     recorded,
     samples_of,
-    small_disk,  # noqa: F401 (a fixture)
     wait_for,
     write_and_stop,
 )
@@ -54,18 +53,6 @@ class Tagged(ImageFolder):
     def rows(self) -> Iterator[Row]:
         for number, row in enumerate(super().rows()):
             yield row._replace(labels=tuple((number + i) % 4 for i in range(number % 4)))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> ImageFolder:
-    return make_images(tmp_path / "images")
-
-
-@pytest.fixture
-def whole(source: ImageFolder, tmp_path: Path) -> dict[str, bytes]:
-    """Content of the set after an undisturbed writing."""
-    write_set(plan_of(source, tmp_path / "whole"), source)
-    return content(tmp_path / "whole")
 
 
 def test_index_sizes_and_digests_are_right(source: ImageFolder, tmp_path: Path) -> None:

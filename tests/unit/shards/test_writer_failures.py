@@ -12,12 +12,10 @@ from tests.helpers.writing import (
     content,
     identity,
     lines,
-    make_images,
     plan_of,
     recorded,
     resize,
     samples_of,
-    small_disk,  # noqa: F401 (a fixture)
     spoil,
     write_and_stop,
     write_until,
@@ -29,18 +27,6 @@ from vitscale_shards.planning.plan import Plan
 from vitscale_shards.sources.folder import ImageFolder
 from vitscale_shards.writing.records import Records
 from vitscale_shards.writing.writer import Tally, write_set
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> ImageFolder:
-    return make_images(tmp_path / "images")
-
-
-@pytest.fixture
-def whole(source: ImageFolder, tmp_path: Path) -> dict[str, bytes]:
-    """Content of the set after an undisturbed writing."""
-    write_set(plan_of(source, tmp_path / "whole"), source)
-    return content(tmp_path / "whole")
 
 
 def test_bad_images_within_the_budget_are_left_out_and_listed(source: ImageFolder, tmp_path: Path) -> None:
@@ -230,7 +216,7 @@ def test_a_file_that_may_not_grow_leaves_nothing_half_written(
 @pytest.mark.parametrize("room", [0, 4096, 20_000, 70_000, 100_000])
 def test_a_full_disk_leaves_nothing_half_written(
     source: ImageFolder,
-    small_disk: Path,  # noqa: F811
+    small_disk: Path,
     whole: dict[str, bytes],
     room: int,
 ) -> None:
