@@ -50,7 +50,7 @@ def test_free_keys_of_a_resume_are_documented() -> None:
 
 
 def test_commands_of_the_readme_exist() -> None:
-    known = {command.callback.__name__ for command in app.registered_commands} | {"shards", "launch"}
+    known = {command.callback.__name__ for command in app.registered_commands} | {"data", "shards", "launch"}
     text = (REPOSITORY / "README.md").read_text()
     used = {shlex.split(line)[1] for line in re.findall(r"^vitscale .*$", text, re.MULTILINE)}
     assert used

@@ -76,7 +76,7 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) 
 @app.command()
 def evaluate(
     run: RunFolder,
-    data: Annotated[Path | None, typer.Option(help="Shard set; the run's data.eval by default.")] = None,
+    data: Annotated[str | None, typer.Option(help="Shard set, folder or URL; default: the run's data.eval.")] = None,
     step: Step = None,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass on one rank.", min=1)] = 64,
     nproc: Nproc = None,
@@ -94,8 +94,8 @@ def evaluate(
 @app.command()
 def fewshot(
     run: RunFolder,
-    train_data: Annotated[Path, typer.Option("--train", help="Shard set that the shots are drawn from.")],
-    test_data: Annotated[Path, typer.Option("--test", help="Shard set that is classified.")],
+    train_data: Annotated[str, typer.Option("--train", help="Shard set that the shots are drawn from.")],
+    test_data: Annotated[str, typer.Option("--test", help="Shard set that is classified.")],
     shots: Annotated[str, typer.Option(help="Images per class, several with commas.")] = "1,5,10,25",
     seeds: Annotated[int, typer.Option(help="Draws to average over.", min=1)] = 3,
     ridge: Annotated[float, typer.Option(help="Strength of the ridge penalty.", min=0)] = 1024.0,
@@ -123,6 +123,31 @@ def fewshot(
         )
 
     _on_ranks(nproc, work)
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def bench(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(help="Length of the measurement.", min=0.1)] = 20.0,
+    world_size: Annotated[
+        int, typer.Option(help="Ranks of the run; the loader of one of them is measured.", min=1)
+    ] = 1,
+    gpu_images_per_s: Annotated[
+        list[float] | None, typer.Option(help="Images that one GPU takes per second; may be repeated.", min=1)
+    ] = None,
+) -> None:
+    """Images per second of a run's loader on this machine, what limits it, and the cores that a GPU needs. No GPU."""
+    from vitscale.config.loader import load_config
+    from vitscale.train.loader_bench import bench_loader
+
+    report = bench_loader(load_config(config, overrides or []), world_size=world_size, seconds=seconds, say=typer.echo)
+    for line in report.describe(gpu_images_per_s or [250, 500, 1000, 2000, 4000]):
+        typer.echo(line)
 
 
 @app.command()

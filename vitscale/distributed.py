@@ -59,6 +59,11 @@ class Ranks:
         distributed.all_gather_object(gathered, value, group=self._control)
         return gathered  # type: ignore[return-value]
 
+    def on_same_node(self) -> list[int]:
+        """The ranks that share this one's machine, itself among them."""
+        nodes = self.gather(self.topology.node)
+        return [rank for rank, node in enumerate(nodes) if node == self.topology.node]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum_ints([0])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vitscale.config.duration import Duration
 from vitscale.config.schema import TrainConfig
 from vitscale.data.manifest import Manifest
+from vitscale.data.mixing import Mixture
 from vitscale.errors import ConfigError, TopologyError
 from vitscale.models.shapes import VitShape, resolve_shape
 
@@ -30,6 +32,9 @@ class RunPlan:
     evaluate_every: int | None
     lanes: int
     window: int
+    slots: dict[str, int]
+    """Images of each global batch by shard set."""
+    images_per_set: dict[str, int]
     max_bad_samples: int
     max_bad_share: float
     window_bytes_per_rank: int
@@ -38,15 +43,16 @@ class RunPlan:
     forward_flops: int
 
     @classmethod
-    def create(cls, config: TrainConfig, world_size: int, manifest: Manifest) -> RunPlan:
+    def create(cls, config: TrainConfig, world_size: int, train_set: Mixture) -> RunPlan:
         """Derive the plan.
 
         Raises:
             TopologyError: the global batch cannot be split over ``world_size`` ranks.
             ConfigError: a duration comes to no step, or model and data do not fit.
         """
-        check_labels(config, manifest)
-        num_samples = manifest.num_samples
+        for manifest in train_set.manifests:
+            check_labels(config, manifest)
+        num_samples = train_set.num_samples
         total_steps = _steps("duration", config.duration, config, num_samples, None)
 
         def steps(key: str, duration: Duration) -> int:
@@ -69,7 +75,7 @@ class RunPlan:
             gradient_accumulation_steps=accumulation_steps(config, world_size),
             global_batch_size=config.global_batch_size,
             num_samples=num_samples,
-            num_shards=len(manifest.shards),
+            num_shards=train_set.num_shards,
             total_steps=total_steps,
             warmup_steps=warmup_steps,
             log_every=steps("log.every", config.log.every),
@@ -77,9 +83,11 @@ class RunPlan:
             evaluate_every=None if every is None else steps("evaluation.every", every),
             lanes=lanes,
             window=config.data.window,
+            slots={part.manifest.shown: part.slots for part in train_set.parts},
+            images_per_set={part.manifest.shown: part.manifest.num_samples for part in train_set.parts},
             max_bad_samples=config.data.max_bad_samples,
             max_bad_share=config.data.max_bad_share,
-            window_bytes_per_rank=_window_bytes(config, world_size, lanes, manifest),
+            window_bytes_per_rank=_window_bytes(config, world_size, lanes, train_set),
             num_tokens=shape.num_tokens,
             num_parameters=shape.num_parameters,
             forward_flops=shape.forward_flops,
@@ -108,6 +116,7 @@ class RunPlan:
                 f"accumulated x {self.world_size} ranks",
             ),
             ("data", f"{self.num_samples:,} images in {self.num_shards:,} shards"),
+            *self._describe_mixture(),
             (
                 "length",
                 f"{self.total_steps:,} steps, {epochs:.2f} epochs; warm-up {self.warmup_steps:,} steps",
@@ -123,6 +132,26 @@ class RunPlan:
             ),
             ("checkpoint", f"every {self.checkpoint_every:,} steps"),
         ]
+
+    def _describe_mixture(self) -> list[tuple[str, str]]:
+        if len(self.slots) == 1:
+            return []
+        rows = []
+        for location, slots in self.slots.items():
+            share, epochs = slots / self.global_batch_size, self.total_steps * slots / self.images_per_set[location]
+            images = f"{self.images_per_set[location]:,} images"
+            rows.append(("", f"{location}: {images}, {slots} of each batch ({share:.2%}), {epochs:.2f} epochs"))
+        return rows
+
+    def slots_of_ranks(self, ranks: Sequence[int]) -> list[int]:
+        """Slots of the global batch that some ranks fill, see :func:`vitscale.data.order.train_positions`."""
+        per_round = self.world_size * self.micro_batch_size
+        starts = [
+            round_start + rank * self.micro_batch_size
+            for round_start in range(0, self.global_batch_size, per_round)
+            for rank in ranks
+        ]
+        return [slot for start in starts for slot in range(start, start + self.micro_batch_size)]
 
 
 def accumulation_steps(config: TrainConfig, world_size: int) -> int:
@@ -152,12 +181,12 @@ def check_labels(config: TrainConfig, manifest: Manifest) -> None:
     num_classes = config.model.num_classes
     if manifest.classes is not None and len(manifest.classes) > num_classes:
         raise ConfigError(
-            f"{manifest.folder}: has {len(manifest.classes)} classes, so labels up to {len(manifest.classes) - 1}, but "
-            f"model.num_classes is {num_classes}; set model.num_classes={len(manifest.classes)}"
+            f"{manifest.shown}: has {len(manifest.classes)} classes, so labels up to {len(manifest.classes) - 1}, "
+            f"but model.num_classes is {num_classes}; set model.num_classes={len(manifest.classes)}"
         )
     if manifest.multi_label and config.loss.kind == "softmax":
         raise ConfigError(
-            f"{manifest.folder}: images have several labels, but loss.kind is softmax, which takes one; "
+            f"{manifest.shown}: images have several labels, but loss.kind is softmax, which takes one; "
             f"set loss.kind=sigmoid"
         )
 
@@ -174,8 +203,13 @@ def _steps(key: str, duration: Duration, config: TrainConfig, num_samples: int, 
     return steps
 
 
-def _window_bytes(config: TrainConfig, world_size: int, lanes: int, manifest: Manifest) -> int:
+def _window_bytes(config: TrainConfig, world_size: int, lanes: int, train_set: Mixture) -> int:
     """Encoded bytes of the open windows of one rank."""
     lanes_of_rank = min(lanes, config.global_batch_size // world_size)
-    samples = min(lanes_of_rank * config.data.window, manifest.num_samples)
-    return samples * manifest.num_bytes // manifest.num_samples
+    read_ahead = config.data.read_ahead_batches * config.micro_batch_size
+    samples = min(lanes_of_rank * config.data.window + read_ahead, train_set.num_samples)
+    bytes_per_sample = sum(
+        part.slots / config.global_batch_size * part.manifest.num_bytes / part.manifest.num_samples
+        for part in train_set.parts
+    )
+    return int(samples * bytes_per_sample)

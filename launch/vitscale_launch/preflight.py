@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale.config.loader import load_config
-from vitscale.data.manifest import check_files, check_same_classes, read_manifest
+from vitscale.data.shard_set import open_evaluation_set, open_training_data
 from vitscale.errors import LaunchError
-from vitscale.plan import RunPlan, check_labels
+from vitscale.plan import RunPlan
 
 
 def check_run(config_file: Path, overrides: Sequence[str], *, world_size: int) -> list[tuple[str, str]]:
@@ -20,13 +20,14 @@ def check_run(config_file: Path, overrides: Sequence[str], *, world_size: int) -
             the head, the global batch cannot be shared by the ranks, or the run folder cannot be written.
     """
     config = load_config(config_file, overrides)
-    train_set = read_manifest(config.data.train)
-    check_files(train_set)
+    train_set = open_training_data(config.data, global_batch_size=config.global_batch_size)
     if config.data.eval is not None:
-        eval_set = read_manifest(config.data.eval)
-        check_files(eval_set)
-        check_labels(config, eval_set)
-        check_same_classes(eval_set, train_set.classes, of="the training set")
+        open_evaluation_set(
+            config.data.eval,
+            config.data.storage,
+            num_classes=config.model.num_classes,
+            classes=train_set.classes,
+        )
     _check_writable(config.run)
     return [*RunPlan.create(config, world_size, train_set).describe(), ("run", str(config.run))]
 

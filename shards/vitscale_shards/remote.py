@@ -1,7 +1,6 @@
 """A shard set under a prefix in object storage (S3 and its kin, Google Cloud Storage), reached through fsspec.
 
-Where the storage is and who asks comes from the environment, as the drivers read it: ``AWS_ENDPOINT_URL``,
-``AWS_ACCESS_KEY_ID``, ``AWS_PROFILE`` ... for s3fs, ``GOOGLE_APPLICATION_CREDENTIALS`` for gcsfs.
+Where the storage is and who asks comes from the environment; see :mod:`vitscale.data.storage.drivers`.
 
 The drivers repeat requests that failed for a passing reason, so nothing here does. botocore makes 5 attempts
 (``AWS_MAX_ATTEMPTS``) with growing pauses, and s3fs lets it do so 5 times for what promises to pass. They give up after
@@ -14,29 +13,22 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vitscale.data.storage.drivers import check_prefix, is_path, open_driver, os_errors, package_of, s3_code
 from vitscale.errors import DataError
 from vitscale_shards.place import LocalPlace, Place
-
-DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-"""Package to install by the protocol of a URL."""
 
 REMOVE_ATTEMPTS = 3
 # To ask for the size of more objects than this one by one takes longer than a listing.
 FEW_OBJECTS = 20
 READ_AHEAD_BYTES = 8 << 20
-# fsspec takes them for patterns and for chains of storages.
-_REFUSED = ("*", "?", "[", "::")
 # S3's names for "there is one already" and "another caller is changing it at this moment".
 _TAKEN = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
-# "s3:/" is what pathlib leaves of "s3://", "C:\\" a drive, "pipe:" WebDataset's way to name a command.
-_NO_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:[/\\:]|pipe:")
 
 
 def open_place(text: str | Path, *, scratch: Path | None = None) -> Place:
@@ -50,12 +42,11 @@ def open_place(text: str | Path, *, scratch: Path | None = None) -> Place:
         DataError: a URL of a kind that no set can lie at, or without a bucket.
     """
     text = str(text)
-    protocol, separator, _ = text.partition("://")
-    if separator and protocol in DRIVERS:
+    if package_of(text):
         return RemotePlace(text, scratch=scratch)
     if text.startswith("file:///"):
         return LocalPlace(Path(text.removeprefix("file://")))
-    if _NO_PATH.match(text):
+    if not is_path(text):
         raise DataError(f"{text}: no shard set can lie there; give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
     return LocalPlace(Path(text).expanduser())
 
@@ -78,11 +69,7 @@ class RemotePlace:
         Raises:
             DataError: the URL names no bucket, or holds what fsspec gives a meaning of its own.
         """
-        protocol, _, path = url.partition("://")
-        if not path.strip("/") or path.startswith("/"):
-            raise DataError(f"{url}: names no bucket; write {protocol}://BUCKET/PREFIX")
-        if any(text in path for text in _REFUSED):
-            raise DataError(f"{url}: holds one of {' '.join(_REFUSED)}; take a prefix without them")
+        check_prefix(url)
         self.url = url.rstrip("/")
         self.scratch = scratch
 
@@ -156,7 +143,7 @@ class RemotePlace:
                 driver.pipe_file(path, text.encode(), mode="create")
             return True
         except OSError as error:
-            if isinstance(error, FileExistsError) or _code(error) in _TAKEN:
+            if isinstance(error, FileExistsError) or s3_code(error) in _TAKEN:
                 return False
             if error.errno != errno.ENOSYS:
                 raise
@@ -214,7 +201,7 @@ class RemotePlace:
 
     @property
     def _is_s3(self) -> bool:
-        return DRIVERS.get(self.url.partition("://")[0]) == "s3fs"
+        return package_of(self.url) == "s3fs"
 
     def _upload_options(self, size: int) -> dict[str, int]:
         if not self._is_s3:
@@ -235,16 +222,9 @@ class RemotePlace:
 
     @contextmanager
     def _driver(self, name: str) -> Iterator[tuple[Any, str]]:
-        """The driver of this process, and what it calls an object. Its listings must never come from its memory."""
-        with _os_errors(self._url(name)):
-            try:
-                import fsspec
-
-                driver, path = fsspec.url_to_fs(self._url(name), use_listings_cache=False, **self._driver_options())
-            except ImportError as error:
-                package = DRIVERS.get(self.url.partition("://")[0], str(error))
-                raise DataError(f"{self.url}: the package {package} is missing; run: pip install {package}") from error
-            yield driver, path
+        """The driver of this process, and what it calls an object."""
+        with os_errors(self._url(name)):
+            yield open_driver(self._url(name), **self._driver_options())
 
 
 class _Reader(io.RawIOBase):
@@ -267,7 +247,7 @@ class _Reader(io.RawIOBase):
         return int(self._file.tell())
 
     def readinto(self, buffer: Any) -> int:
-        with _os_errors(self._url):
+        with os_errors(self._url):
             data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -276,51 +256,3 @@ class _Reader(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
-
-
-@contextmanager
-def _os_errors(url: str) -> Iterator[None]:
-    """Turn what a driver raises into OSError: each has families of errors of its own."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        raise _os_error(error, url) from error
-
-
-_ERRNOS: list[tuple[type[Exception], int]] = [
-    (FileNotFoundError, errno.ENOENT),
-    (FileExistsError, errno.EEXIST),
-    (IsADirectoryError, errno.EISDIR),
-    (PermissionError, errno.EACCES),
-    (TimeoutError, errno.ETIMEDOUT),
-    (NotImplementedError, errno.ENOSYS),
-    (Exception, errno.EIO),
-]
-
-
-def _os_error(error: Exception, url: str) -> OSError:
-    """The same in one line that names the object."""
-    number = error.errno if isinstance(error, OSError) else None
-    number = number or next(number for kind, number in _ERRNOS if isinstance(error, kind))
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if _code(error) == "NoSuchBucket":
-        number, text = errno.ENXIO, "there is no such bucket; create it or mend the URL"
-    elif number == errno.ENOENT:
-        text = os.strerror(number)
-    elif type(error).__name__ == "NoCredentialsError":
-        number = errno.EACCES
-        text = f"{text}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    return OSError(number, " ".join(text.split()), url)
-
-
-def _code(error: BaseException | None) -> str | None:
-    """S3's name of what went wrong, if s3fs tells it anywhere in the chain of causes."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            code: str | None = response.get("Error", {}).get("Code")
-            return code
-        error = error.__cause__
-    return None

@@ -8,7 +8,8 @@ from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession
 from botocore.exceptions import ReadTimeoutError
-from fsspec.config import conf
+
+from vitscale.data.storage.drivers import s3_options
 
 # An upload holds so many parts of this size in memory at a time; s3fs by itself would hold 500 MiB.
 PART_BYTES = 8 << 20
@@ -37,8 +38,8 @@ class Session(AIOHTTPSession):  # type: ignore[misc]
 
 
 def driver_options() -> dict[str, Any]:
-    """Arguments of s3fs's constructor; the user's own, from fsspec's configuration, count more."""
-    return {"config_kwargs": {"http_session_cls": Session, **conf.get("s3", {}).get("config_kwargs", {})}}
+    """Arguments of s3fs's constructor."""
+    return s3_options(http_session_cls=Session)
 
 
 def upload_options(size: int) -> dict[str, int]:

@@ -58,6 +58,14 @@ class S3Server:
             answer.read()
 
 
+def upload(server: S3Server, folder: Path) -> str:
+    """URL of a copy of a folder's files."""
+    bucket = server.bucket()
+    for path in sorted(folder.iterdir()):
+        server.put(bucket, f"{folder.name}/{path.name}", path.read_bytes())
+    return f"{bucket}/{folder.name}"
+
+
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
     """A server for the length of a ``with`` block, which ends with this process at the latest."""

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vitscale.data.manifest import INDEX_NAME, Manifest, Member, ShardInfo, format_idx, read_idx
+from vitscale.data.mixing import Mixture, Part
 
 NUM_CLASSES = 10
 Parts = dict[str, bytes]
@@ -36,6 +37,16 @@ def parts_of(number: int) -> Parts:
 def key_of(number: int) -> str:
     """Key of the sample with this number in the set."""
     return f"sample_{number:05d}"
+
+
+def folder_of(manifest: Manifest) -> Path:
+    """The folder of a set on this machine."""
+    return Path(manifest.location)
+
+
+def as_mixture(manifest: Manifest, *, slots: int) -> Mixture:
+    """What a run on this one set is trained on."""
+    return Mixture((Part(manifest, slots),))
 
 
 def make_shardset(
@@ -63,7 +74,7 @@ def make_shardset(
         content = (folder / name).read_bytes()
         shards.append(ShardInfo(name, size, len(content), hashlib.sha256(content).hexdigest() if sha256 else None))
     names = None if classes is None else tuple(f"class {n}" for n in range(classes))
-    manifest = Manifest(folder, tuple(shards), names, multi_label, plan=plan)
+    manifest = Manifest(str(folder), tuple(shards), names, multi_label, plan=plan)
     (folder / INDEX_NAME).write_text(json.dumps(manifest.to_json()))
     return manifest
 
@@ -81,7 +92,7 @@ def place_of(manifest: Manifest, number: int) -> tuple[Path, int]:
     """The tar of a sample and its place in there."""
     for shard in manifest.shards:
         if number < shard.num_samples:
-            return manifest.folder / shard.name, number
+            return folder_of(manifest) / shard.name, number
         number -= shard.num_samples
     raise IndexError(number)
 
@@ -103,7 +114,7 @@ def spoil_image(manifest: Manifest, number: int) -> None:
 
 def lose_shard(manifest: Manifest, shard: int, how: str) -> set[int]:
     """Make one tar ``"missing"`` or ``"zeroed"``, its index untouched. Numbers of its samples in the set."""
-    path = manifest.folder / manifest.shards[shard].name
+    path = folder_of(manifest) / manifest.shards[shard].name
     if how == "missing":
         path.unlink()
     else:
@@ -116,7 +127,7 @@ def read_tars(manifest: Manifest) -> list[tuple[str, Parts]]:
     """Key and members of every sample, as ``tarfile`` reads them."""
     samples: dict[str, Parts] = {}
     for shard in manifest.shards:
-        with tarfile.open(manifest.folder / shard.name) as tar:
+        with tarfile.open(folder_of(manifest) / shard.name) as tar:
             for info in tar:
                 folder, slash, base = info.name.rpartition("/")
                 key, _, extension = base.partition(".")

@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers.command import Outcome, vitscale, vitscale_on_ranks
 from tests.helpers.runs import CONFIG, finish, metrics, overrides, start_training, wait_until
-from tests.helpers.shardset import make_shardset
+from tests.helpers.shardset import folder_of, make_shardset
 from vitscale.checkpoint.store import step_names
 
 CONFIG_ERROR, OTHER_ERROR = 2, 1
@@ -130,21 +130,21 @@ def test_a_head_with_too_few_outputs(digits: Path, run: Path) -> None:
 def test_a_label_outside_the_head(digits: Path, run: Path, tmp_path: Path) -> None:
     """Without names of classes in the index, only the sample itself tells."""
     manifest = make_shardset(tmp_path / "set", [40], classes=None)
-    outcome = train(digits, run, f"data.train={manifest.folder}", "data.eval=null", "model.num_classes=5")
+    outcome = train(digits, run, f"data.train={folder_of(manifest)}", "data.eval=null", "model.num_classes=5")
     assert_one_message(outcome, OTHER_ERROR, "has label", "the head has 5 outputs (0 to 4)", "set model.num_classes")
 
 
 def test_several_labels_with_a_softmax_loss(digits: Path, run: Path, tmp_path: Path) -> None:
     manifest = make_shardset(tmp_path / "set", [40], multi_label=True)
-    outcome = train(digits, run, f"data.train={manifest.folder}", "data.eval=null")
+    outcome = train(digits, run, f"data.train={folder_of(manifest)}", "data.eval=null")
     assert_one_message(outcome, CONFIG_ERROR, "images have several labels", "set loss.kind=sigmoid")
 
 
 def test_more_classes_to_evaluate_on_than_the_head_has(digits: Path, run: Path, trained: Path, tmp_path: Path) -> None:
     manifest = make_shardset(tmp_path / "set", [20], classes=11)
     for outcome in (
-        train(digits, run, f"data.eval={manifest.folder}"),
-        vitscale("evaluate", trained, "--data", manifest.folder),
+        train(digits, run, f"data.eval={folder_of(manifest)}"),
+        vitscale("evaluate", trained, "--data", folder_of(manifest)),
     ):
         assert_one_message(outcome, OTHER_ERROR, "has 11 classes", "the model's head has 10 outputs")
 
@@ -162,11 +162,11 @@ def test_a_held_out_set_whose_labels_mean_something_else(
 
 def test_a_held_out_set_without_a_readable_image(digits: Path, trained: Path, tmp_path: Path) -> None:
     manifest = make_shardset(tmp_path / "set", [3], parts=lambda n: {"png": b"no image", "cls": b"1"}, classes=None)
-    outcome = vitscale_on_ranks(2, "evaluate", trained, "--data", manifest.folder)
+    outcome = vitscale_on_ranks(2, "evaluate", trained, "--data", folder_of(manifest))
     assert_one_message(outcome, OTHER_ERROR, "none of 3 images can be read", "write the shard set again")
-    for sets in ((digits / "train", manifest.folder), (manifest.folder, digits / "train")):
+    for sets in ((digits / "train", folder_of(manifest)), (folder_of(manifest), digits / "train")):
         outcome = vitscale("fewshot", trained, "--train", sets[0], "--test", sets[1], "--shots", "1")
-        assert_one_message(outcome, OTHER_ERROR, f"{manifest.folder}: none of 3 images can be read")
+        assert_one_message(outcome, OTHER_ERROR, f"{folder_of(manifest)}: none of 3 images can be read")
 
 
 def test_a_number_of_ranks_that_does_not_fit(digits: Path, run: Path) -> None:

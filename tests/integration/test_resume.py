@@ -2,55 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.distributed import run_ranks
-from tests.helpers.runs import CONFIG, assert_same_state, final_state, overrides, trajectory
-from vitscale.topology import Topology
+from tests.helpers.runs import assert_same_state, final_state, overrides, trajectory
+from tests.helpers.stopping import train_and_stop
 
 STOP_AT = 6
-
-
-def _train(topology: Topology, arguments: list[str], stop_at: int | None) -> None:
-    """One rank of a run; the last rank alone gets SIGTERM within step ``stop_at``."""
-    import vitscale.train.engine as engine_module
-    import vitscale.train.loop as loop
-    from vitscale.config.loader import load_config
-    from vitscale.errors import Interrupted
-    from vitscale.train.signals import StopRequest
-
-    real_step, real_settings = loop.train_step, engine_module.deepspeed_config
-
-    def settings_that_release_parameters(config, plan):
-        """DeepSpeed keeps small parameters whole in stage 3; tiny models would never see a partitioned one."""
-        settings = real_settings(config, plan)
-        if config.engine.zero_stage == 3:
-            settings["zero_optimization"] |= {
-                "stage3_param_persistence_threshold": 0,
-                "stage3_max_live_parameters": 0,
-                "stage3_max_reuse_distance": 0,
-            }
-        return settings
-
-    def step_with_signal(engine, batches, config, step, lr):
-        result = real_step(engine, batches, config, step, lr)
-        if step + 1 == stop_at and topology.rank == topology.world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    loop.train_step = step_with_signal
-    engine_module.deepspeed_config = settings_that_release_parameters
-    stopped = False
-    try:
-        with StopRequest() as stop:
-            loop.train(load_config(CONFIG, arguments), topology, stop)
-    except Interrupted:
-        stopped = True
-    assert stopped == (stop_at is not None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -59,11 +19,11 @@ def test_stop_and_resume_is_bit_identical(digits: Path, tmp_path: Path, stage: i
     # Two accumulation steps; step 6 lies within an epoch and between two periodic checkpoints.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "evaluation.every={steps: 5}"]
-    run_ranks(_train, 2, overrides(digits, whole, *common), None)
-    run_ranks(_train, 2, overrides(digits, parts, *common), STOP_AT)
+    run_ranks(train_and_stop, 2, overrides(digits, whole, *common), None)
+    run_ranks(train_and_stop, 2, overrides(digits, parts, *common), STOP_AT)
     assert len(trajectory(parts)) == STOP_AT
     assert (parts / "checkpoints" / "latest").read_text() == f"step-{STOP_AT:09d}\n"
-    run_ranks(_train, 2, overrides(digits, parts, *common), None)
+    run_ranks(train_and_stop, 2, overrides(digits, parts, *common), None)
     assert trajectory(parts) == trajectory(whole)
     assert_same_state(parts, whole)
 
@@ -72,10 +32,10 @@ def test_resume_across_the_end_of_an_epoch_is_bit_identical(digits: Path, tmp_pa
     # 1,427 samples are no multiple of the batch of 100: step 15 holds samples of both epochs.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = ["global_batch_size=100", "micro_batch_size=50", "duration={steps: 20}"]
-    run_ranks(_train, 2, overrides(digits, whole, *common), None)
-    run_ranks(_train, 2, overrides(digits, parts, *common), 14)
-    run_ranks(_train, 2, overrides(digits, parts, *common), 15)
-    run_ranks(_train, 2, overrides(digits, parts, *common), None)
+    run_ranks(train_and_stop, 2, overrides(digits, whole, *common), None)
+    run_ranks(train_and_stop, 2, overrides(digits, parts, *common), 14)
+    run_ranks(train_and_stop, 2, overrides(digits, parts, *common), 15)
+    run_ranks(train_and_stop, 2, overrides(digits, parts, *common), None)
     assert trajectory(parts) == trajectory(whole)
     assert_same_state(parts, whole)
 
@@ -84,10 +44,10 @@ def test_resume_on_other_ranks_stage_and_micro_batch_continues_the_same_run(digi
     """The same batches to the key; losses differ by the order of sums only."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     plain = ["model.dropout=0", "model.stochastic_depth=0"]
-    run_ranks(_train, 2, overrides(digits, whole, *plain), None)
-    run_ranks(_train, 2, overrides(digits, parts, *plain, "engine.zero_stage=3"), STOP_AT)
-    run_ranks(_train, 1, overrides(digits, parts, *plain, "engine.zero_stage=1", "micro_batch_size=16"), 9)
-    run_ranks(_train, 4, overrides(digits, parts, *plain, "engine.zero_stage=2", "micro_batch_size=2"), None)
+    run_ranks(train_and_stop, 2, overrides(digits, whole, *plain), None)
+    run_ranks(train_and_stop, 2, overrides(digits, parts, *plain, "engine.zero_stage=3"), STOP_AT)
+    run_ranks(train_and_stop, 1, overrides(digits, parts, *plain, "engine.zero_stage=1", "micro_batch_size=16"), 9)
+    run_ranks(train_and_stop, 4, overrides(digits, parts, *plain, "engine.zero_stage=2", "micro_batch_size=2"), None)
     for ours, theirs in zip(trajectory(parts), trajectory(whole), strict=True):
         assert ours[:2] == theirs[:2]
         assert ours[2:] == pytest.approx(theirs[2:], rel=2e-5)

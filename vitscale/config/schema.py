@@ -17,16 +17,38 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@section
+class StorageConfig:
+    """How shards are read. All of it is per rank, except the cache, which the ranks of a node share."""
+
+    cache: Path | None = None
+    """Folder on the node's own disk where parts of remote shards are kept. Without one, each window is one request to
+    the storage, and nothing is written; a cache pays when a node reads the same shards in several epochs."""
+    cache_gb: Annotated[float, Field(gt=0)] = 500.0
+    """Gigabytes (10^9 bytes) that the cache may fill. What the order needs last makes room."""
+    connections: Positive = 8
+    """Reads at a time."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that one request may take before it is tried again."""
+    total_timeout_s: Annotated[float, Field(gt=0)] = 240.0
+    """Seconds, all attempts together, after which a read is given up: its samples get substitutes, or the run stops if
+    the storage as a whole is silent. Together with request_timeout_s it must be shorter than engine.timeout_s."""
+    allow_pipe: bool = False
+    """Allow shard sets that are read by a shell command of yours: "pipe:ssh store cat /shards/{name}"."""
 
 
 @section
 class DataConfig:
     """Where the images come from and how they are cropped."""
 
-    train: Path
-    """Folder of the training shard set (holds index.json)."""
-    eval: Path | None = None
-    """Folder of the held-out shard set, one label per image. Without it, nothing is evaluated during training."""
+    train: str | dict[str, Weight]
+    """The training shard set: the folder or the URL (s3://, gs://, https://) that holds its index.json. Or a mixture:
+    several of them with a weight each; every global batch then has the same number of images of each set."""
+    eval: str | None = None
+    """The held-out shard set, one label per image. Without it, nothing is evaluated during training."""
     image_size: Positive | tuple[Positive, Positive]
     """Input size in pixels: one side of a square, or [height, width]."""
     crop_area: tuple[float, float] = (0.05, 1.0)
@@ -41,19 +63,26 @@ class DataConfig:
     """Samples that are read together and shuffled among themselves."""
     lanes: Positive | None = None
     """Stretches of the epoch that are read side by side; divides global_batch_size, which is the default.
-    The shuffle pool holds lanes * window samples."""
+    The shuffle pool holds lanes * window samples. In a mixture, each set has a lane for each of its slots."""
     workers: Positive = 2
     """Decoding threads per rank."""
     prefetch_batches: Positive = 4
-    """Micro-batches that are prepared ahead of the model."""
+    """Micro-batches that are decoded ahead of the model."""
+    read_ahead_batches: NonNegative = 8
+    """Micro-batches whose windows are read before their turn to be decoded comes."""
     max_bad_samples: NonNegative = 1000
     """Unreadable samples per epoch after which the run stops."""
     max_bad_share: Share = 0.001
     """Share of unreadable samples, of the larger of one epoch and the examples seen, after which the run stops."""
+    storage: StorageConfig = StorageConfig()
     max_image_pixels: Annotated[int, Field(gt=0, le=89_478_485)] = 80_000_000
     """Larger images are refused before they are decoded (decompression bombs); Pillow's own limit is the most."""
 
     def __post_init__(self) -> None:
+        if self.train == {}:
+            raise ValueError("train names no shard set; give one, or a mapping of sets to weights")
+        if self.lanes is not None and isinstance(self.train, dict):
+            raise ValueError(f"lanes ({self.lanes}) is for a single set; leave it out with a mixture")
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_area must be 0 < low <= high <= 1, got [{low:g}, {high:g}]")
@@ -229,6 +258,13 @@ class TrainConfig:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
                 f"micro_batch_size ({self.micro_batch_size})"
+            )
+        storage = self.data.storage
+        if storage.total_timeout_s + storage.request_timeout_s >= self.engine.timeout_s:
+            raise ValueError(
+                f"data.storage.total_timeout_s ({storage.total_timeout_s:g}) and request_timeout_s "
+                f"({storage.request_timeout_s:g}) together must be below engine.timeout_s ({self.engine.timeout_s}): "
+                f"the other ranks wait that long for one that reads"
             )
         lanes = self.data.lanes
         if lanes is not None and self.global_batch_size % lanes:

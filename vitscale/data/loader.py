@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,19 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitscale.config.schema import DataConfig
-from vitscale.data.decode import BadSampleError, decode_image
-from vitscale.data.order import Place, WindowId, hash64
+from vitscale.data.decode import BadSampleError
+from vitscale.data.order import Place, hash64
+from vitscale.data.readers import OpenWindows, Readers, Samples
+from vitscale.data.stages import StageClock, StageSeconds
 from vitscale.data.stream import Fault, RawSample, ShardStream
-from vitscale.data.transforms import evaluation_pixels, train_pixels
+from vitscale.data.transforms import evaluation_crop, train_crop
 from vitscale.errors import DataError
 
-READ_THREADS = 2
 NO_LABEL = -1
 # Salt that keeps augmentation randomness apart from the permutations of the order.
 AUGMENTATION = 0xA06
 
-Samples = list[RawSample | Fault]
-Pixels = Callable[[RawSample, Place], NDArray[np.uint8]]
+Pixels = Callable[[RawSample, Place, NDArray[np.uint8], StageClock], None]
+"""Decodes and crops a sample into uint8 pixels [H, W, 3], and says how long each took."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Batch:
     """One micro-batch of one rank. B is the micro-batch size, M the largest number of labels in it."""
 
     images: Tensor
-    """uint8 [B, 3, H, W]"""
+    """uint8 [B, 3, H, W]; the channels of a pixel lie together"""
     labels: Tensor
     """int64 [B, M], padded with -1"""
     mask: Tensor
@@ -59,6 +61,17 @@ class Batch:
     quarantined: list[Quarantined] = field(default_factory=list)
     digest: int = 0
     """Sum of a 48-bit hash of (position, key) per sample: summed over ranks it names the global batch."""
+    stages: StageSeconds = field(default_factory=StageSeconds)
+    """Where the time of the threads went."""
+
+
+class _Slot(NamedTuple):
+    """One slot of a batch to fill, and the window that its sample comes with."""
+
+    number: int
+    position: int
+    place: Place
+    samples: Future[Samples]
 
 
 class BatchLoader:
@@ -66,12 +79,11 @@ class BatchLoader:
 
     Args:
         stream: source of windows.
-        pixels: decodes and crops one sample to uint8 [H, W, 3].
+        pixels: decodes and crops one sample.
         image_hw: height and width of the crops.
         num_classes: outputs of the head; a label outside is an error.
         labels_per_sample: exactly this many labels are needed, or any number if ``None``.
-        workers: decoding threads.
-        prefetch: batches prepared ahead.
+        data: threads, and how far ahead they work.
         pin_memory: page-lock images and labels for an asynchronous copy to a GPU.
     """
 
@@ -83,68 +95,82 @@ class BatchLoader:
         image_hw: tuple[int, int],
         num_classes: int | None,
         labels_per_sample: int | None,
-        workers: int,
-        prefetch: int,
+        data: DataConfig,
         pin_memory: bool,
     ) -> None:
         self._stream, self._pixels, self._image_hw = stream, pixels, image_hw
         self._num_classes, self._labels_per_sample = num_classes, labels_per_sample
-        self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
+        self._data, self._pin_memory = data, pin_memory
 
     def batches(self, position_lists: Iterable[Sequence[int | None]]) -> Iterator[Batch]:
         """Batches at the given positions, in order. ``None`` is padding.
 
         Raises:
-            DataError: a label is outside the head, or no sample can take a bad one's place.
+            DataError: a label is outside the head, no sample can take a bad one's place, or the storage is silent.
         """
-        reader = ThreadPoolExecutor(READ_THREADS, "read")
-        decoder = ThreadPoolExecutor(self._workers, "decode")
-        windows = _OpenWindows(lambda window: reader.submit(self._stream.read_window, window))
-        pending: deque[_PendingBatch] = deque()
+        readers = Readers(self._stream.read_window, self._data.storage.connections)
+        decoders = ThreadPoolExecutor(self._data.workers, "decode")
+        windows = OpenWindows(readers.submit)
+        # A batch is asked for, its windows are read; later it is being decoded; later still it is taken.
+        asked: deque[tuple[int, list[_Slot]]] = deque()
+        decoding: deque[_PendingBatch] = deque()
         try:
             for positions in position_lists:
-                pending.append(self._start(positions, windows, decoder))
-                if len(pending) > self._prefetch:
-                    yield pending.popleft().finish()
-            while pending:
-                yield pending.popleft().finish()
+                asked.append((len(positions), self._ask(positions, windows)))
+                if len(asked) > self._data.read_ahead_batches:
+                    decoding.append(self._decode(*asked.popleft(), decoders))
+                if len(decoding) > self._data.prefetch_batches:
+                    yield decoding.popleft().finish()
+            while asked or decoding:
+                if asked:
+                    decoding.append(self._decode(*asked.popleft(), decoders))
+                if not asked or len(decoding) > self._data.prefetch_batches:
+                    yield decoding.popleft().finish()
         finally:
-            # Reads that have not begun are dropped first, so that no decoder waits for them.
-            reader.shutdown(wait=False, cancel_futures=True)
-            decoder.shutdown(cancel_futures=True)
-            reader.shutdown()
+            # Reads end first, so that no decoder waits for them.
+            readers.stop()
+            decoders.shutdown(cancel_futures=True)
 
-    def _start(
-        self, positions: Sequence[int | None], windows: _OpenWindows, decoder: ThreadPoolExecutor
-    ) -> _PendingBatch:
-        batch = _PendingBatch(len(positions), self._image_hw, self._pin_memory)
-        tasks = []
-        for slot, position in enumerate(positions):
+    def _ask(self, positions: Sequence[int | None], windows: OpenWindows) -> list[_Slot]:
+        slots = []
+        for number, position in enumerate(positions):
             if position is not None:
                 place = self._stream.order.locate(position)
-                tasks.append((slot, position, place, windows.samples_of(place.window)))
+                slots.append(_Slot(number, position, place, windows.samples_of(place.window)))
+        return slots
 
-        def fill(part: list[tuple[int, int, Place, Future[Samples]]]) -> None:
-            for slot, position, place, samples in part:
-                self._fill_slot(batch, slot, position, place, samples.result())
-
-        chunk = -(-len(tasks) // self._workers) or 1
-        batch.work = [decoder.submit(fill, tasks[i : i + chunk]) for i in range(0, len(tasks), chunk)]
+    def _decode(self, size: int, slots: list[_Slot], decoders: ThreadPoolExecutor) -> _PendingBatch:
+        batch = _PendingBatch(size, self._image_hw, self._pin_memory)
+        share = -(-len(slots) // self._data.workers) or 1
+        batch.work = [
+            decoders.submit(self._fill, batch, slots[start : start + share]) for start in range(0, len(slots), share)
+        ]
         return batch
 
-    def _fill_slot(self, batch: _PendingBatch, slot: int, position: int, place: Place, samples: Samples) -> None:
+    def _fill(self, batch: _PendingBatch, slots: list[_Slot]) -> StageSeconds:
+        clock = StageClock()
+        for slot in slots:
+            samples = slot.samples.result()
+            clock.lap("read")
+            self._fill_slot(batch, slot, samples, clock)
+        return clock.seconds
+
+    def _fill_slot(self, batch: _PendingBatch, slot: _Slot, samples: Samples, clock: StageClock) -> None:
+        number, position, place, _ = slot
         bad: list[Fault] = []
         for candidate, sample in self._candidates(place, samples):
             if isinstance(sample, RawSample):
                 try:
-                    batch.put(slot, sample, self._pixels(sample, candidate), self._checked_labels(sample))
+                    labels = self._checked_labels(sample)
+                    self._pixels(sample, candidate, batch.pixels[number], clock)
+                    batch.samples[number], batch.labels[number] = sample, labels
                     break
                 except BadSampleError as error:
                     sample = Fault(sample.key, sample.sample_id, sample.shard, str(error))
             bad.append(sample)
-        filled = batch.samples[slot]
+        filled = batch.samples[number]
         if filled is not None:
-            batch.digests[slot] = _digest(position, filled.key)
+            batch.digests[number] = _digest(position, filled.key)
         elif self._stream.order.replaces_bad:
             raise DataError(
                 f"{bad[0].shard}: neither {bad[0].key} ({bad[0].reason}) nor any of {len(bad) - 1} samples tried in "
@@ -155,15 +181,13 @@ class BatchLoader:
             # A bad substitute is recorded where it is drawn itself, so that each bad sample counts once.
             fault = bad[0]
             substitute = filled.key if filled else None
-            batch.bad[slot] = Quarantined(position, fault.key, fault.shard, fault.reason, substitute)
+            batch.bad[number] = Quarantined(position, fault.key, fault.shard, fault.reason, substitute)
 
     def _candidates(self, place: Place, samples: Samples) -> Iterator[tuple[Place, RawSample | Fault]]:
         yield place, samples[place.offset]
-        window = place.window
         for candidate in self._stream.order.substitutes(place):
-            if candidate.window != window:
-                window, samples = candidate.window, self._stream.read_window(candidate.window)
-            yield candidate, samples[candidate.offset]
+            near = candidate.window == place.window
+            yield candidate, samples[candidate.offset] if near else self._stream.read_sample(candidate)
 
     def _checked_labels(self, sample: RawSample) -> tuple[int, ...]:
         labels = sample.labels
@@ -178,53 +202,27 @@ class BatchLoader:
         return labels
 
 
-class _OpenWindows:
-    """The windows that a rank is walking through: of each lane the newest one. Batches keep older ones they need.
-
-    From one epoch to the next a rank's slots may move to other lanes, so all windows of the old epoch are let go.
-    """
-
-    def __init__(self, read: Callable[[WindowId], Future[Samples]]) -> None:
-        self._read = read
-        self._epoch = 0
-        self._newest: dict[int, tuple[WindowId, Future[Samples]]] = {}
-
-    def samples_of(self, window: WindowId) -> Future[Samples]:
-        """The samples of a window, read or being read."""
-        if window.epoch != self._epoch:
-            self._newest.clear()
-            self._epoch = window.epoch
-        known = self._newest.get(window.lane)
-        if known is None or known[0] != window:
-            known = self._newest[window.lane] = (window, self._read(window))
-        return known[1]
-
-
 class _PendingBatch:
     """A batch whose slots are being filled by threads."""
 
     def __init__(self, size: int, image_hw: tuple[int, int], pin_memory: bool) -> None:
         self._pin_memory = pin_memory
-        self.images = torch.zeros((size, 3, *image_hw), dtype=torch.uint8, pin_memory=pin_memory)
-        self._pixels = self.images.numpy()
+        self._images = torch.zeros((size, *image_hw, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        self.pixels: NDArray[np.uint8] = self._images.numpy()
         self.samples: list[RawSample | None] = [None] * size
         self.labels: list[tuple[int, ...]] = [()] * size
         self.bad: list[Quarantined | None] = [None] * size
         self.digests = [0] * size
-        self.work: list[Future[None]] = []
-
-    def put(self, slot: int, sample: RawSample, pixels: NDArray[np.uint8], labels: tuple[int, ...]) -> None:
-        self._pixels[slot] = pixels.transpose(2, 0, 1)
-        self.samples[slot] = sample
-        self.labels[slot] = labels
+        self.work: list[Future[StageSeconds]] = []
 
     def finish(self) -> Batch:
-        for part in self.work:
-            part.result()
+        """Wait until all slots are filled."""
+        stages = sum((part.result() for part in self.work), StageSeconds())
+        clock = StageClock()
         widest = max(1, *map(len, self.labels))
         padded = [(*labels, *[NO_LABEL] * (widest - len(labels))) for labels in self.labels]
-        return Batch(
-            images=self.images,
+        batch = Batch(
+            images=self._images.permute(0, 3, 1, 2),
             labels=torch.tensor(padded, dtype=torch.int64, pin_memory=self._pin_memory),
             mask=torch.tensor([sample is not None for sample in self.samples]),
             keys=[sample.key if sample else "" for sample in self.samples],
@@ -232,6 +230,9 @@ class _PendingBatch:
             quarantined=[fault for fault in self.bad if fault is not None],
             digest=sum(self.digests),
         )
+        clock.lap("hand_over")
+        batch.stages = stages + clock.seconds
+        return batch
 
 
 def _digest(position: int, key: str) -> int:
@@ -241,9 +242,9 @@ def _digest(position: int, key: str) -> int:
 def train_recipe(config: DataConfig, seed: int) -> Pixels:
     """Random crops; the randomness depends on (seed, epoch, sample), never on who decodes it."""
 
-    def pixels(sample: RawSample, place: Place) -> NDArray[np.uint8]:
-        image = decode_image(sample.image, max_pixels=config.max_image_pixels)
-        return train_pixels(image, config, hash64(seed, AUGMENTATION, place.window.epoch, sample.sample_id))
+    def pixels(sample: RawSample, place: Place, out: NDArray[np.uint8], clock: StageClock) -> None:
+        randomness = hash64(seed, AUGMENTATION, place.window.epoch, sample.sample_id)
+        train_crop(sample.image, config, randomness, out, clock)
 
     return pixels
 
@@ -251,12 +252,17 @@ def train_recipe(config: DataConfig, seed: int) -> Pixels:
 def evaluation_recipe(config: DataConfig) -> Pixels:
     """Central crops."""
 
-    def pixels(sample: RawSample, _place: Place) -> NDArray[np.uint8]:
-        return evaluation_pixels(decode_image(sample.image, max_pixels=config.max_image_pixels), config)
+    def pixels(sample: RawSample, _place: Place, out: NDArray[np.uint8], clock: StageClock) -> None:
+        evaluation_crop(sample.image, config, out, clock)
 
     return pixels
 
 
 def value_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 pixels to [-1, 1] on whatever device they are, computed in fp32 (ViT reference: x / 127.5 - 1)."""
-    return (images.float() / 127.5 - 1).to(dtype)
+    """uint8 pixels to [-1, 1] on whatever device they are, computed in fp32 (ViT reference: x / 127.5 - 1).
+
+    Args:
+        images: [B, 3, H, W], with any strides.
+        dtype: of the result, which is contiguous.
+    """
+    return (images.contiguous().float() / 127.5 - 1).to(dtype)

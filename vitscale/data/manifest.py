@@ -10,11 +10,12 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from vitscale.data.storage.drivers import without_secrets
 from vitscale.errors import DataError
 
 FORMAT_VERSION = 1
@@ -22,7 +23,7 @@ INDEX_NAME = "index.json"
 IDX_VERSION = "v1.2"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """One tar file of a shard set."""
 
@@ -41,7 +42,8 @@ class ShardInfo:
 class Manifest:
     """A shard set: its tars in order, its classes, and where it came from."""
 
-    folder: Path
+    location: str
+    """Folder or URL prefix that holds the index and the member indexes."""
     shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...] | None = None
     multi_label: bool = False
@@ -51,6 +53,16 @@ class Manifest:
     """Digest of the plan that the set was written from."""
     base_url: str | None = None
     """Folder of the tars, as a URL or an absolute path, when they do not lie beside the index."""
+
+    @property
+    def shown(self) -> str:
+        """The location for messages and records: without passwords and signatures."""
+        return without_secrets(self.location)
+
+    @property
+    def tars(self) -> str:
+        """Folder or URL prefix that holds the tars."""
+        return self.location if self.base_url is None else self.base_url
 
     @property
     def num_samples(self) -> int:
@@ -114,19 +126,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a shard index ({error!r}); write the shard set again") from error
-    return parse_manifest(text, folder)
+    return parse_manifest(text, str(folder))
 
 
-def parse_manifest(text: str, folder: Path | str) -> Manifest:
+def parse_manifest(text: str, location: str) -> Manifest:
     """The shard set that the text of an ``index.json`` describes.
 
     Args:
-        folder: where the text comes from: a folder, or a URL prefix (which the manifest's ``folder`` cannot keep).
+        location: where the text comes from: a folder, or a URL prefix.
 
     Raises:
         DataError: the text is not of this format, or the set is empty.
     """
-    path = folder / INDEX_NAME if isinstance(folder, Path) else f"{folder}/{INDEX_NAME}"
+    path = f"{without_secrets(location)}/{INDEX_NAME}"
     try:
         raw = json.loads(text)
         extra = raw.get("vitscale", {})
@@ -139,7 +151,7 @@ def parse_manifest(text: str, folder: Path | str) -> Manifest:
         shards = tuple(_shard_info(path, entry) for entry in raw["shardlist"])
         classes, base_url = extra.get("classes"), extra.get("base_url")
         manifest = Manifest(
-            folder=Path(folder),
+            location=location,
             shards=shards,
             classes=None if classes is None else tuple(str(name) for name in classes),
             multi_label=bool(extra.get("multi_label", False)),
@@ -155,7 +167,7 @@ def parse_manifest(text: str, folder: Path | str) -> Manifest:
     return manifest
 
 
-def _shard_info(path: Path | str, entry: dict[str, Any]) -> ShardInfo:
+def _shard_info(path: str, entry: dict[str, Any]) -> ShardInfo:
     name = str(entry["url"])
     if Path(name).name != name or not name.endswith(".tar"):
         raise DataError(f"{path}: shard url {name!r}; a plain file name ending in .tar beside the index is allowed")
@@ -164,37 +176,6 @@ def _shard_info(path: Path | str, entry: dict[str, Any]) -> ShardInfo:
     if shard.num_samples < 1:
         raise DataError(f"{path}: shard {name} says {shard.num_samples} samples; an empty shard is not allowed")
     return shard
-
-
-def check_files(manifest: Manifest) -> None:
-    """Compare the size of every tar with the index and look for every ``.idx``.
-
-    Raises:
-        DataError: names the first files that are missing or of another size, and how many there are.
-    """
-    faults = []
-    for shard in manifest.shards:
-        path = manifest.folder / shard.name
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            faults.append(f"{shard.name} is missing")
-            continue
-        if size != shard.num_bytes:
-            faults.append(f"{shard.name} has {size} bytes where the index says {shard.num_bytes}")
-        if not (manifest.folder / shard.idx_name).is_file():
-            faults.append(f"{shard.idx_name} is missing")
-    if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        if manifest.base_url is not None:
-            raise DataError(
-                f"{manifest.folder}: {'; '.join(faults[:3])}{more}; the tars lie in {manifest.base_url}, but only tars "
-                f"beside the index are read: copy or link them into {manifest.folder}"
-            )
-        raise DataError(
-            f"{manifest.folder}: {'; '.join(faults[:3])}{more}; the index and the tars must come from one writing: "
-            f"copy the set again or write it anew with 'vitscale shards write'"
-        )
 
 
 def check_same_classes(manifest: Manifest, classes: Sequence[str] | None, *, of: str) -> None:
@@ -206,12 +187,12 @@ def check_same_classes(manifest: Manifest, classes: Sequence[str] | None, *, of:
     for label, (ours, theirs) in enumerate(zip(manifest.classes or (), classes or (), strict=False)):
         if ours != theirs:
             raise DataError(
-                f"{manifest.folder}: label {label} is {ours!r}, but {theirs!r} in {of}; write both sets from "
+                f"{manifest.shown}: label {label} is {ours!r}, but {theirs!r} in {of}; write both sets from "
                 f"sources with the same classes"
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """One file inside a tar: its extension, where its bytes start, how many there are, and its full name."""
 
@@ -248,11 +229,16 @@ def parse_idx_line(line: str, path: Path | str) -> tuple[Member, ...]:
 
 class MemberIndex(Sequence[tuple[Member, ...]]):
     """The members of every sample of one tar. It remembers where the lines of the ``.idx`` file lie and reads those
-    that are asked for: a rank has hundreds of tars open and needs a few lines of each at a time."""
+    that are asked for: a rank has hundreds of tars open and needs a few lines of each at a time.
 
-    def __init__(self, path: Path, line_ends: array[int]) -> None:
-        self._path = path
-        self._line_ends = line_ends
+    Args:
+        path: of the ``.idx`` file, for messages.
+        line_ends: where the lines begin, and where the last one ends.
+        read: gives bytes of the file from a start to an end; raises OSError.
+    """
+
+    def __init__(self, path: str, line_ends: array[int], read: Callable[[int, int], bytes]) -> None:
+        self._path, self._line_ends, self._read_bytes = path, line_ends, read
 
     def __len__(self) -> int:
         return len(self._line_ends) - 1
@@ -274,11 +260,8 @@ class MemberIndex(Sequence[tuple[Member, ...]]):
 
     def _read(self, first: int, stop: int) -> list[tuple[Member, ...]]:
         """Members of the samples ``first`` to ``stop - 1``: one read."""
-        start, end = self._line_ends[first], self._line_ends[stop]
         try:
-            with self._path.open("rb") as file:
-                file.seek(start)
-                lines = file.read(end - start).decode().split("\n")[:-1]
+            lines = self._read_bytes(self._line_ends[first], self._line_ends[stop]).decode().split("\n")[:-1]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self._path}: cannot be read ({error}); write the shard set again") from error
         if len(lines) != stop - first:
@@ -298,9 +281,29 @@ def read_idx(path: Path) -> MemberIndex:
         raise DataError(f"{path}: missing; write the shard set again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file system") from error
+
+    def read(start: int, end: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    return parse_idx(content, str(path), read)
+
+
+def parse_idx(content: bytes, path: str, read: Callable[[int, int], bytes] | None = None) -> MemberIndex:
+    """The member index in the bytes of an ``.idx`` file.
+
+    Args:
+        content: all of the file.
+        path: of the file, for messages.
+        read: reads the lines again when they are needed; without it, ``content`` is kept.
+
+    Raises:
+        DataError: it is not of the format.
+    """
     line_ends = array("Q", (match.end() for match in re.finditer(rb"\n", content)))
     header = content[: line_ends[0]].decode(errors="replace").rstrip("\n") if line_ends else ""
     right = f"{IDX_VERSION} {max(0, len(line_ends) - 1)}"
     if header != right:
         raise DataError(f"{path}: begins with {header[:80]!r} where {right!r} is right; write the shard set again")
-    return MemberIndex(path, line_ends)
+    return MemberIndex(path, line_ends, read or (lambda start, end: content[start:end]))

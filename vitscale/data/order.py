@@ -56,11 +56,12 @@ class SampleRef(NamedTuple):
 
 
 class WindowId(NamedTuple):
-    """Names one window of one lane of one epoch."""
+    """Names one window of one lane of one epoch. ``part`` is the shard set of a mixture."""
 
     epoch: int
     lane: int
     number: int
+    part: int = 0
 
 
 class Place(NamedTuple):
@@ -118,6 +119,8 @@ class SampleOrder:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self._sizes.sum())
         self.seed, self.lanes, self.window_size = seed, lanes, window
+        every = np.arange(lanes)
+        self._lane_starts = every * (self.num_samples // lanes) + np.minimum(every, self.num_samples % lanes)
         self._tape = lru_cache(maxsize=2)(self._build_tape)
 
     def _build_tape(self, epoch: int) -> _Tape:
@@ -137,8 +140,7 @@ class SampleOrder:
     def window(self, window: WindowId) -> list[SampleRef]:
         """The samples of a window in the order of their draws."""
         start, end = self._bounds(window)
-        lane_start = window.lane * (self.num_samples // self.lanes) + min(window.lane, self.num_samples % self.lanes)
-        places = lane_start + start + permutation(end - start, self.seed, *window)
+        places = self._lane_starts[window.lane] + start + permutation(end - start, self.seed, *window[:3])
         return self._tape(window.epoch).refs(places)
 
     def substitutes(self, place: Place) -> Iterator[Place]:
@@ -152,7 +154,40 @@ class SampleOrder:
         yield from (Place(window, (offset + k) % length) for k in range(1, length))
         start = window.epoch * self.num_samples
         for k in range(FAR_SUBSTITUTES):
-            yield self.locate(start + hash64(self.seed, *window, offset, k) % self.num_samples)
+            yield self.locate(start + hash64(self.seed, *window[:3], offset, k) % self.num_samples)
+
+    def next_uses(self, position: int, mine: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """How soon each shard is needed again by some of the slots, for whoever must choose what to keep at hand.
+
+        Within a lane, samples count as drawn in the order of the tape; the shuffling of a window is left out.
+
+        Args:
+            position: the next one to be drawn.
+            mine: by slot, whether it counts. Slot s draws at the positions p with p % len(mine) == s, and the number
+                of slots is a multiple of the number of lanes.
+
+        Returns:
+            Positions from ``position`` on, by shard; infinite if this epoch and the next one do not need it.
+        """
+        first_epoch = position // self.num_samples
+        epochs = [self._next_uses(epoch, position, mine) for epoch in (first_epoch, first_epoch + 1)]
+        return np.minimum(*epochs)
+
+    def _next_uses(self, epoch: int, position: int, mine: NDArray[np.bool_]) -> NDArray[np.float64]:
+        lanes, tape, start = np.arange(self.lanes), self._tape(epoch), epoch * self.num_samples
+        mine_by_lane = np.logical_or.reduce(mine.reshape(-1, self.lanes))[(start + lanes) % self.lanes]
+        # Cut the tape where a shard or a lane begins: each piece is of one shard and of one lane.
+        cuts = np.union1d(tape.ends[:-1], self._lane_starts[: self.num_samples])
+        shard = tape.shards[np.searchsorted(tape.ends, cuts, side="right")]
+        lane = np.searchsorted(self._lane_starts, cuts, side="right") - 1
+        first_draw = cuts - self._lane_starts[lane]
+        end_draw = np.append(cuts[1:], self.num_samples) - self._lane_starts[lane]
+        current_draw = np.maximum(0, -(-(position - start - lane) // self.lanes))
+        draw = np.maximum(first_draw, current_draw)
+        needed = mine_by_lane[lane] & (draw < end_draw)
+        uses = np.full(len(self._sizes), np.inf)
+        np.minimum.at(uses, shard[needed], (start + draw * self.lanes + lane - position)[needed].astype(np.float64))
+        return uses
 
     def _first_window(self, lane: int) -> int:
         # Neighbouring lanes belong to one rank; staggered first windows spread their reads over the steps.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
-from pathlib import Path
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
 from vitscale.data.decode import BadSampleError
-from vitscale.data.manifest import Manifest, Member, MemberIndex, ShardInfo, read_idx
-from vitscale.data.order import Order, SampleRef, WindowId
+from vitscale.data.manifest import Member, MemberIndex, ShardInfo, parse_idx
+from vitscale.data.order import Order, Place, SampleRef, WindowId
+from vitscale.data.shard_set import ShardSource
+from vitscale.data.storage.files import StorageSilentError
 from vitscale.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
@@ -44,21 +46,28 @@ class Fault:
 
 
 class ShardStream:
-    """Reads windows of an order. Safe to use from several threads."""
+    """Reads windows of an order. Safe to use from several threads.
 
-    def __init__(self, manifest: Manifest, order: Order) -> None:
-        self.manifest = manifest
+    Args:
+        sources: the shard sets; the order numbers their shards through.
+        order: which samples a window holds.
+    """
+
+    def __init__(self, sources: Sequence[ShardSource], order: Order) -> None:
         self.order = order
-        self._first_ids = [0]
-        for shard in manifest.shards:
-            self._first_ids.append(self._first_ids[-1] + shard.num_samples)
+        self._shards = [
+            _Shard(source, info, info.name if len(sources) == 1 else f"{source.tars.location}/{info.name}")
+            for source in sources
+            for info in source.manifest.shards
+        ]
+        self._first_ids = list(accumulate((shard.info.num_samples for shard in self._shards), initial=0))
         self._open_index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
 
     def read_window(self, window: WindowId) -> list[RawSample | Fault]:
         """Samples of a window in the order of their draws; unreadable ones as faults.
 
         Raises:
-            DataError: a member index is missing or does not fit its tar.
+            StorageSilentError: the storage as a whole cannot be reached.
         """
         refs = self.order.window(window)
         samples: dict[SampleRef, RawSample | Fault] = {}
@@ -66,67 +75,80 @@ class ShardStream:
             samples.update(self._read_range(shard, list(group)))
         return [samples[ref] for ref in refs]
 
-    def _read_range(self, shard: int, refs: list[SampleRef]) -> dict[SampleRef, RawSample | Fault]:
+    def read_sample(self, place: Place) -> RawSample | Fault:
+        """The sample of one draw, without the rest of its window; raises like :meth:`read_window`."""
+        ref = self.order.window(place.window)[place.offset]
+        return self._read_range(ref.shard, [ref])[ref]
+
+    def _read_range(self, number: int, refs: list[SampleRef]) -> dict[SampleRef, RawSample | Fault]:
         """One read for neighbouring samples of one tar."""
-        info = self.manifest.shards[shard]
-        index = self._open_index(shard)
-        members = index[refs[0].sample : refs[-1].sample + 1]
-        start = min(m.offset for m in members[0]) - TAR_BLOCK
-        end = min(max(m.offset + m.size for m in members[-1]), info.num_bytes)
+        shard, first_id = self._shards[number], self._first_ids[number]
         try:
-            data = _read_bytes(self.manifest.folder / info.name, start, end - start)
+            members = self._members(number, refs[0].sample, refs[-1].sample + 1)
+        except BadSampleError as error:
+            # Without the member index, the keys are not known either.
+            name = shard.info.name.removesuffix(".tar")
+            return {r: Fault(f"{name}[{r.sample}]", first_id + r.sample, shard.label, str(error)) for r in refs}
+        start = min(m.offset for m in members[0]) - TAR_BLOCK
+        end = min(max(m.offset + m.size for m in members[-1]), shard.info.num_bytes)
+        by_ref = {ref: members[ref.sample - refs[0].sample] for ref in refs}
+        try:
+            data = shard.source.tars.read(shard.info.name, start, end - start)
         except OSError as error:
             reason = f"cannot read the shard: {error.strerror or error}"
-            return {
-                ref: Fault(_key(parts), self._first_ids[shard] + ref.sample, info.name, reason)
-                for ref, parts in zip(refs, members, strict=True)
-            }
-        return {
-            ref: self._cut(info, self._first_ids[shard] + ref.sample, parts, data, start)
-            for ref, parts in zip(refs, members, strict=True)
-        }
+            return {r: Fault(_key(parts), first_id + r.sample, shard.label, reason) for r, parts in by_ref.items()}
+        return {r: _cut(shard.label, first_id + r.sample, parts, data, start) for r, parts in by_ref.items()}
 
-    def _cut(
-        self, info: ShardInfo, sample_id: int, members: tuple[Member, ...], data: bytes, start: int
-    ) -> RawSample | Fault:
-        key = _key(members)
+    def _members(self, number: int, first: int, stop: int) -> list[tuple[Member, ...]]:
+        """What the member index says of some samples of a tar.
+
+        Raises:
+            BadSampleError: it cannot be used.
+        """
         try:
-            parts = {m.extension.lower(): _member_bytes(m, data, start) for m in members}
-            image = next((parts[ext] for ext in parts if ext in IMAGE_EXTENSIONS), None)
-            if image is None:
-                raise BadSampleError(f"no image among the members ({', '.join(parts)})")
-            return RawSample(key, sample_id, info.name, image, labels_of(parts))
-        except BadSampleError as error:
-            return Fault(key, sample_id, info.name, str(error))
+            return self._open_index(number)[first:stop]
+        except StorageSilentError:
+            raise
+        except OSError as error:
+            name = self._shards[number].info.idx_name
+            raise BadSampleError(f"cannot read the member index {name}: {error.strerror or error}") from error
+        except DataError as error:
+            raise BadSampleError(f"cannot use the member index: {error}") from error
 
-    def _read_index(self, shard: int) -> MemberIndex:
-        info = self.manifest.shards[shard]
-        path = self.manifest.folder / info.idx_name
-        index = read_idx(path)
+    def _read_index(self, number: int) -> MemberIndex:
+        source, info, _ = self._shards[number]
+        path = f"{source.indexes.location}/{info.idx_name}"
+        files = source.indexes
+        again = (lambda start, end: files.read(info.idx_name, start, end - start)) if files.reads_cheaply else None
+        index = parse_idx(files.read_all(info.idx_name), path, again)
         if len(index) != info.num_samples:
-            raise DataError(
-                f"{path}: lists {len(index)} samples where index.json says {info.num_samples}; "
-                f"both must come from one writing: write the shard set again"
-            )
+            raise DataError(f"{path} lists {len(index)} samples where index.json says {info.num_samples}")
         return index
+
+
+class _Shard(NamedTuple):
+    """A tar, the set that it belongs to, and what it is called in records."""
+
+    source: ShardSource
+    info: ShardInfo
+    label: str
+
+
+def _cut(shard: str, sample_id: int, members: tuple[Member, ...], data: bytes, start: int) -> RawSample | Fault:
+    """A sample out of the bytes of a tar from ``start`` on."""
+    key = _key(members)
+    try:
+        parts = {m.extension.lower(): _member_bytes(m, data, start) for m in members}
+        image = next((parts[ext] for ext in parts if ext in IMAGE_EXTENSIONS), None)
+        if image is None:
+            raise BadSampleError(f"no image among the members ({', '.join(parts)})")
+        return RawSample(key, sample_id, shard, image, labels_of(parts))
+    except BadSampleError as error:
+        return Fault(key, sample_id, shard, str(error))
 
 
 def _key(members: tuple[Member, ...]) -> str:
     return members[0].name.removesuffix("." + members[0].extension)
-
-
-def _read_bytes(path: Path, start: int, length: int) -> bytes:
-    """Up to ``length`` bytes; fewer at the end of a truncated file, which the members then notice."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        pieces = []
-        while length > 0 and (piece := os.pread(descriptor, length, start)):
-            pieces.append(piece)
-            start += len(piece)
-            length -= len(piece)
-        return b"".join(pieces)
-    finally:
-        os.close(descriptor)
 
 
 def _member_bytes(member: Member, data: bytes, start: int) -> bytes:

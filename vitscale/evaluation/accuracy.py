@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from torchmetrics.functional.classification import multiclass_stat_scores
 
 from vitscale.config.schema import DataConfig
 from vitscale.data.loader import Batch, BatchLoader, evaluation_recipe
-from vitscale.data.manifest import Manifest, check_files, check_same_classes, read_manifest
+from vitscale.data.manifest import Manifest
 from vitscale.data.order import SequentialOrder, evaluation_positions
+from vitscale.data.shard_set import open_source
 from vitscale.data.stream import ShardStream
 from vitscale.distributed import Ranks
 from vitscale.errors import DataError, on_every_rank
@@ -104,37 +104,6 @@ def _correct(logits: Tensor, labels: Tensor, num_classes: int, top_k: int) -> in
     return int(scores[0])  # true positives
 
 
-def open_evaluation_set(
-    folder: Path, *, num_classes: int | None = None, classes: Sequence[str] | None = None, of: str = "the training set"
-) -> Manifest:
-    """Read and check a shard set before it is evaluated on.
-
-    Args:
-        folder: of the shard set.
-        num_classes: outputs of the head that is evaluated, if there is one.
-        classes: what the labels have to mean, if it is known.
-        of: where ``classes`` come from.
-
-    Raises:
-        DataError: its files do not match its index, its images have several labels, it has more classes than the
-            head, or its labels mean something else.
-    """
-    manifest = read_manifest(folder)
-    check_files(manifest)
-    if manifest.multi_label:
-        raise DataError(
-            f"{manifest.folder}: images have several labels; accuracy and few-shot need one per image: "
-            f"name a single-label set, or leave data.eval out"
-        )
-    if manifest.classes is not None and num_classes is not None and len(manifest.classes) > num_classes:
-        raise DataError(
-            f"{manifest.folder}: has {len(manifest.classes)} classes, but the model's head has {num_classes} outputs; "
-            f"evaluate on a set with the classes of the training set"
-        )
-    check_same_classes(manifest, classes, of=of)
-    return manifest
-
-
 def evaluation_batches(
     manifest: Manifest, data: DataConfig, *, num_classes: int | None, batch_size: int, ranks: Ranks
 ) -> Iterator[Batch]:
@@ -142,13 +111,12 @@ def evaluation_batches(
     # Windows as long as a batch: each is read by exactly one rank.
     order = SequentialOrder([shard.num_samples for shard in manifest.shards], window=batch_size)
     loader = BatchLoader(
-        ShardStream(manifest, order),
+        ShardStream([open_source(manifest, data.storage)], order),
         evaluation_recipe(data),
         image_hw=data.image_hw,
         num_classes=num_classes,
         labels_per_sample=1,
-        workers=data.workers,
-        prefetch=data.prefetch_batches,
+        data=data,
         pin_memory=ranks.device.type == "cuda",
     )
     positions = evaluation_positions(

@@ -14,9 +14,10 @@ from vitscale.config.loader import load_config
 from vitscale.config.schema import EngineConfig, TrainConfig
 from vitscale.data.loader import value_range
 from vitscale.data.manifest import Manifest
+from vitscale.data.shard_set import open_evaluation_set
 from vitscale.distributed import Ranks, connect
 from vitscale.errors import CheckpointError, ConfigError, DataError, on_every_rank
-from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches, open_evaluation_set
+from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches
 from vitscale.evaluation.features import Features, extract_features
 from vitscale.evaluation.fewshot import fewshot_accuracy
 from vitscale.models.vit import VisionTransformer, build_vit
@@ -27,7 +28,7 @@ TIMEOUT_S = EngineConfig().timeout_s
 
 
 def evaluate_run(
-    run: Path, data: Path | None, *, step: int | None, batch_size: int, topology: Topology
+    run: Path, data: str | None, *, step: int | None, batch_size: int, topology: Topology
 ) -> dict[str, object] | None:
     """Accuracy of a checkpoint. Returns the result on rank 0, ``None`` elsewhere.
 
@@ -52,14 +53,14 @@ def evaluate_run(
             ranks=ranks,
         )
     assert accuracy is not None
-    result: dict[str, object] = {"step": checkpoint.step, "data": str(manifest.folder), **accuracy.to_json()}
+    result: dict[str, object] = {"step": checkpoint.step, "data": manifest.shown, **accuracy.to_json()}
     return result if topology.is_main else None
 
 
 def fewshot_run(
     run: Path,
-    train_data: Path,
-    test_data: Path,
+    train_data: str,
+    test_data: str,
     *,
     shots: list[int],
     seeds: int,
@@ -76,9 +77,11 @@ def fewshot_run(
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
         config = ranks.on_main(lambda: read_run_config(run))
         checkpoint = ranks.on_main(lambda: open_checkpoint(run / "checkpoints", step))
-        train_set = ranks.on_main(lambda: open_evaluation_set(train_data))
+        train_set = ranks.on_main(lambda: open_evaluation_set(train_data, config.data.storage))
         test_set = ranks.on_main(
-            lambda: open_evaluation_set(test_data, classes=train_set.classes, of=f"the shots of {train_data}")
+            lambda: open_evaluation_set(
+                test_data, config.data.storage, classes=train_set.classes, of=f"the shots of {train_set.shown}"
+            )
         )
         model = load_model(config, checkpoint, ranks)
 
@@ -88,7 +91,7 @@ def fewshot_run(
             if not len(found.labels):
                 raise on_every_rank(
                     DataError(
-                        f"{manifest.folder}: none of {manifest.num_samples} images can be read; write the shard set "
+                        f"{manifest.shown}: none of {manifest.num_samples} images can be read; write the shard set "
                         f"again and evaluate anew"
                     )
                 )
@@ -100,8 +103,8 @@ def fewshot_run(
         )
     result: dict[str, object] = {
         "step": checkpoint.step,
-        "train": str(train_data),
-        "test": str(test_data),
+        "train": train_set.shown,
+        "test": test_set.shown,
         "ridge": ridge,
         "seeds": seeds,
         **{f"{count}-shot": accuracy for count, accuracy in scores.items()},
@@ -148,9 +151,9 @@ def _in_value_range(function: Callable[[Tensor], Tensor], ranks: Ranks) -> Calla
     return lambda images: function(value_range(images.to(ranks.device)))
 
 
-def _evaluation_set(config: TrainConfig, data: Path | None, checkpoint: Checkpoint) -> Manifest:
-    folder = data or config.data.eval
-    if folder is None:
+def _evaluation_set(config: TrainConfig, data: str | None, checkpoint: Checkpoint) -> Manifest:
+    location = data or config.data.eval
+    if location is None:
         raise ConfigError("the run has no data.eval; name a shard set with --data")
     classes = checkpoint.content["classes"]
-    return open_evaluation_set(folder, num_classes=config.model.num_classes, classes=classes)
+    return open_evaluation_set(location, config.data.storage, num_classes=config.model.num_classes, classes=classes)

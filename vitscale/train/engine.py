@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitscale.config.schema import TrainConfig
 from vitscale.data.loader import Batch, Quarantined, value_range
 from vitscale.data.order import hash64
+from vitscale.data.stages import StageSeconds
 from vitscale.distributed import Ranks
 from vitscale.plan import RunPlan
 from vitscale.train.loss import training_loss
@@ -79,6 +80,8 @@ class StepResult:
     """False if gradients were not finite on some rank and all ranks skipped the update."""
     data_wait_s: float
     """Seconds that the model waited for batches."""
+    stages: StageSeconds
+    """Where the loader's threads spent their time."""
     digest: int
     """Sum of the batches' digests, see :class:`vitscale.data.loader.Batch`."""
     quarantined: list[Quarantined]
@@ -88,13 +91,14 @@ class StepResult:
 def train_step(engine: Any, batches: Iterator[Batch], config: TrainConfig, step: int, lr: float) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update. Collective."""
     accumulation = engine.gradient_accumulation_steps()
-    losses, digest, quarantined, data_wait_s = [], 0, [], 0.0
+    losses, digest, quarantined, data_wait_s, stages = [], 0, [], 0.0, StageSeconds()
     for micro_step in range(accumulation):
         asked = time.perf_counter()
         batch = next(batches)
         data_wait_s += time.perf_counter() - asked
         digest += batch.digest
         quarantined += batch.quarantined
+        stages += batch.stages
         # Dropout is reseeded from the micro-batch's place in the run, so no random state needs saving.
         torch.manual_seed(hash64(config.seed, DROPOUT, step, micro_step * engine.world_size + engine.global_rank) >> 1)
         # Before the forward pass: after it, this copy would make the host wait until the GPU is through with it.
@@ -113,6 +117,7 @@ def train_step(engine: Any, batches: Iterator[Batch], config: TrainConfig, step:
         grad_norm=math.nan if norm is None else float(norm),
         applied=bool(engine.was_step_applied()),
         data_wait_s=data_wait_s,
+        stages=stages,
         digest=digest,
         quarantined=quarantined,
     )

@@ -10,7 +10,6 @@ and all ranks decide alike because they decide on sums over all ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,17 +18,17 @@ from vitscale.checkpoint.state import TrainState
 from vitscale.checkpoint.store import CheckpointStore
 from vitscale.config.duration import is_due
 from vitscale.config.schema import TrainConfig
-from vitscale.data.loader import Batch, BatchLoader, train_recipe
-from vitscale.data.manifest import Manifest, check_files, read_manifest
-from vitscale.data.order import SampleOrder, train_positions
-from vitscale.data.stream import ShardStream
+from vitscale.data.manifest import Manifest
+from vitscale.data.mixing import Mixture
+from vitscale.data.shard_set import open_evaluation_set, open_training_data
 from vitscale.distributed import Ranks, connect
 from vitscale.errors import Interrupted, on_every_rank
-from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches, open_evaluation_set
+from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches
 from vitscale.models.init import initialize
 from vitscale.models.vit import build_vit
 from vitscale.plan import RunPlan
 from vitscale.topology import Topology
+from vitscale.train.batches import train_batches
 from vitscale.train.engine import build_engine, model_input, train_step
 from vitscale.train.health import check_health
 from vitscale.train.metrics import MetricLog
@@ -49,7 +48,7 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
     with connect(topology, timeout_s=config.engine.timeout_s) as ranks:
         # Each rank has read the file for itself; they must not disagree if it was just changed.
         config = ranks.on_main(lambda: config)
-        train_set = ranks.on_main(lambda: open_training_set(config))
+        train_set = ranks.on_main(lambda: open_training_data(config.data, global_batch_size=config.global_batch_size))
         plan = ranks.on_main(lambda: RunPlan.create(config, ranks.world_size, train_set))
         eval_set = ranks.on_main(lambda: open_held_out_set(config, train_set))
         lock = RunLock(config.run)
@@ -64,7 +63,15 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
         state = restored or TrainState()
         commit = partial(commit_state, store, engine, data_digest=train_set.digest, classes=train_set.classes)
 
-        batches = train_batches(config, plan, train_set, ranks, first_step=state.step)
+        batches = train_batches(
+            config,
+            plan,
+            train_set,
+            rank=topology.rank,
+            ranks_of_node=ranks.on_same_node(),
+            first_step=state.step,
+            pin_memory=ranks.device.type == "cuda",
+        )
         with MetricLog(config, plan, ranks, state, attempt) as log:
             log.start(resumed=restored is not None)
             stopping = False
@@ -111,51 +118,15 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
     return state
 
 
-def open_training_set(config: TrainConfig) -> Manifest:
-    """Read the training set's index and compare it with the files."""
-    manifest = read_manifest(config.data.train)
-    check_files(manifest)
-    return manifest
-
-
-def open_held_out_set(config: TrainConfig, train_set: Manifest) -> Manifest | None:
-    """The same for the set that is evaluated on, if there is one. Its labels must mean what they mean in training."""
+def open_held_out_set(config: TrainConfig, train_set: Mixture) -> Manifest | None:
+    """The set that is evaluated on, if there is one. Its labels must mean what they mean in training."""
     if config.data.eval is None:
         return None
-    return open_evaluation_set(config.data.eval, num_classes=config.model.num_classes, classes=train_set.classes)
-
-
-def train_batches(
-    config: TrainConfig, plan: RunPlan, manifest: Manifest, ranks: Ranks, *, first_step: int
-) -> Iterator[Batch]:
-    """This rank's micro-batches from ``first_step`` to the end of the run."""
-    order = SampleOrder(
-        [shard.num_samples for shard in manifest.shards],
-        seed=config.seed,
-        lanes=plan.lanes,
-        window=plan.window,
-    )
-    loader = BatchLoader(
-        ShardStream(manifest, order),
-        train_recipe(config.data, config.seed),
-        image_hw=config.data.image_hw,
+    return open_evaluation_set(
+        config.data.eval,
+        config.data.storage,
         num_classes=config.model.num_classes,
-        labels_per_sample=1 if config.loss.kind == "softmax" else None,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch_batches,
-        pin_memory=ranks.device.type == "cuda",
-    )
-    return loader.batches(
-        train_positions(
-            step,
-            micro_step,
-            rank=ranks.topology.rank,
-            world_size=ranks.world_size,
-            micro_batch_size=plan.micro_batch_size,
-            global_batch_size=plan.global_batch_size,
-        )
-        for step in range(first_step, plan.total_steps)
-        for micro_step in range(plan.gradient_accumulation_steps)
+        classes=train_set.classes,
     )
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from dataclasses import astuple
 from types import TracebackType
 
 from vitscale.checkpoint.state import TrainState
 from vitscale.config.duration import is_due
 from vitscale.config.schema import TrainConfig
 from vitscale.data.loader import Quarantined
+from vitscale.data.stages import StageSeconds
 from vitscale.distributed import Ranks
 from vitscale.plan import RunPlan
 from vitscale.train.engine import StepResult
 from vitscale.train.hardware import peak_flops
 from vitscale.train.run_folder import StepRecords
 from vitscale.train.screen import Screen
+
+# Share of the time below which nobody asks what the model waits for.
+NOTICEABLE_WAIT = 0.02
 
 
 class MetricLog:
@@ -24,6 +29,7 @@ class MetricLog:
     def __init__(self, config: TrainConfig, plan: RunPlan, ranks: Ranks, state: TrainState, attempt: int) -> None:
         self._plan, self._ranks, self._attempt, self._run = plan, ranks, attempt, config.run
         self._started_at = state.step
+        self._threads = config.data.workers
         # The table is of bf16; fp32 runs on other units.
         self._peak_flops = peak_flops(ranks.device) if config.engine.precision == "bf16" else None
         self._restart_window(state)
@@ -88,13 +94,17 @@ class MetricLog:
     def step(self, state: TrainState, result: StepResult, *, lr: float, digest: int) -> None:
         """Note a finished step; record it when it is due."""
         self._waited_s += result.data_wait_s
+        self._stages += result.stages
         if self._screen:
             self._screen.advance(state.step)
         if not (is_due(state.step, self._plan.log_every) or state.step in (1, self._plan.total_steps)):
             return
         seconds = max(time.perf_counter() - self._window_start, 1e-9)
-        rows = self._ranks.gather_floats([float(result.loss), self._waited_s / seconds])
-        losses, waits = [row[0] for row in rows], [row[1] for row in rows]
+        rows = self._ranks.gather_floats([float(result.loss), self._waited_s / seconds, *astuple(self._stages)])
+        losses = [row[0] for row in rows]
+        # All ranks wait for the slowest one.
+        _, wait_share, *stage_seconds = max(rows, key=lambda row: row[1])
+        bound_by = StageSeconds(*stage_seconds).binding(threads=self._threads)
         rate = (state.examples_seen - self._window_examples) / seconds
         record = {
             "step": state.step,
@@ -107,7 +117,8 @@ class MetricLog:
             "lr": lr,
             "batch_digest": f"{digest % 2**64:016x}",
             "images_per_s": round(rate, 2),
-            "data_wait_share": round(max(waits), 4),
+            "data_wait_share": round(wait_share, 4),
+            "data_bound_by": bound_by if wait_share >= NOTICEABLE_WAIT else None,
             "mfu": self._mfu(rate),
             "quarantined": state.quarantined,
             "attempt": self._attempt,
@@ -128,7 +139,8 @@ class MetricLog:
         self._restart_window(state)
 
     def _restart_window(self, state: TrainState) -> None:
-        self._window_start, self._window_examples, self._waited_s = time.perf_counter(), state.examples_seen, 0.0
+        self._window_start, self._window_examples = time.perf_counter(), state.examples_seen
+        self._waited_s, self._stages = 0.0, StageSeconds()
 
     def _mfu(self, images_per_s: float) -> float | None:
         """Model FLOPs utilisation, recomputation not counted; ``None`` where the device's peak is not known."""

@@ -19,6 +19,7 @@ from vitscale.checkpoint.store import step_names
 from vitscale.config.loader import load_config
 from vitscale.config.reference import KeyChange, diff_configs, dump_config
 from vitscale.config.schema import TrainConfig
+from vitscale.data.storage.files import absolute
 from vitscale.durable import Lock, publish_text, sync_folder
 from vitscale.errors import ConfigError, LaunchError
 from vitscale.plan import RunPlan
@@ -33,6 +34,8 @@ FREE_KEYS = (
     "data.eval_crop_share",
     "data.workers",
     "data.prefetch_batches",
+    "data.read_ahead_batches",
+    "data.storage",
     "data.max_bad_samples",
     "data.max_bad_share",
     "model.activation_checkpointing",
@@ -86,8 +89,13 @@ def _check_config(config: TrainConfig, say: Callable[[str], None]) -> None:
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """So that commands on the run find its data from any folder."""
-    held_out = config.data.eval and config.data.eval.absolute()
-    data = dataclasses.replace(config.data, train=config.data.train.absolute(), eval=held_out)
+    train, held_out, cache = config.data.train, config.data.eval, config.data.storage.cache
+    data = dataclasses.replace(
+        config.data,
+        train=absolute(train) if isinstance(train, str) else {absolute(key): weight for key, weight in train.items()},
+        eval=held_out and absolute(held_out),
+        storage=dataclasses.replace(config.data.storage, cache=cache and cache.absolute()),
+    )
     return dataclasses.replace(config, run=config.run.absolute(), data=data)
 
 

@@ -45,7 +45,9 @@ class Screen:
     def step(self, record: dict[str, Any]) -> None:
         """Show a record: the essentials beside the bar, which has to fit a narrow terminal, or a whole line."""
         utilisation = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
-        speed = f"{record['images_per_s']:,.0f} images/s  data wait {record['data_wait_share']:.0%}{utilisation}"
+        bound_by = "" if record["data_bound_by"] is None else f" ({record['data_bound_by'].replace('_', '-')})"
+        wait = f"data wait {record['data_wait_share']:.0%}{bound_by}"
+        speed = f"{record['images_per_s']:,.0f} images/s  {wait}{utilisation}"
         loss = f"loss {record['loss']:.4f}"
         if self._bar:
             self._bar.update(self._task, shown=f"{loss}  {speed}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitscale.data.manifest import INDEX_NAME, Manifest, ShardInfo
+from vitscale.data.storage.drivers import package_of
 from vitscale.errors import DataError
 from vitscale_shards.checking.keys import Hashes, find_repeated
 from vitscale_shards.checking.survey import read_idx_lines
@@ -18,7 +19,7 @@ from vitscale_shards.indexing.tar_urls import find_tars
 from vitscale_shards.parallel import in_order
 from vitscale_shards.place import LocalPlace, Place
 from vitscale_shards.planning.plan import PLAN_NAME
-from vitscale_shards.remote import DRIVERS, RemotePlace
+from vitscale_shards.remote import RemotePlace
 from vitscale_shards.tar import key_of
 from vitscale_shards.writing.records import PROGRESS
 
@@ -72,7 +73,7 @@ def index_set(
             raise DataError(f"{url}: no tar holds a sample; members KEY.jpg (or png ...) and KEY.cls are needed")
         _check_one_kind(source, full)
         manifest = Manifest(
-            folder=Path(target.url),
+            location=target.url,
             shards=tuple(ShardInfo(tar.name, tar.num_samples, tar.num_bytes, tar.sha256) for tar in full),
             classes=None if classes is None else tuple(classes),
             multi_label=full[0].multi_label,
@@ -96,7 +97,7 @@ def index_set(
 def _target(url: str, source: Place, out: Path | None) -> tuple[Place, str | None]:
     """Where the index is to lie, and where the tars are if that is somewhere else."""
     if out is None:
-        if isinstance(source, RemotePlace) and source.url.partition("://")[0] not in DRIVERS:
+        if isinstance(source, RemotePlace) and package_of(source.url) is None:
             raise DataError(f"{url}: nothing can be written there; give a folder for the index with --out FOLDER")
         return source, None
     if not isinstance(source, LocalPlace):

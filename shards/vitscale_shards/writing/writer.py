@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from vitscale.data.manifest import INDEX_NAME, Manifest, ShardInfo, format_idx
 from vitscale.errors import DataError
@@ -233,7 +232,7 @@ def publish_index(plan: Plan, records: list[ShardRecord]) -> None:
             f"remove {place.url}, then give the same command again"
         )
     manifest = Manifest(
-        folder=Path(place.url),
+        location=place.url,
         shards=shards,
         classes=head.classes,
         multi_label=head.multi_label,

@@ -11,7 +11,9 @@ from typer.testing import CliRunner, Result
 
 import vitscale_shards.progress
 from tests.helpers.s3 import S3Server
-from vitscale.data.manifest import check_files, read_manifest
+from tests.helpers.shardset import folder_of
+from vitscale.data.manifest import read_manifest
+from vitscale.data.shard_set import check_files
 from vitscale.errors import DataError
 from vitscale_shards.cli import app
 from vitscale_shards.remote import open_place
@@ -43,7 +45,7 @@ def test_digits_are_written_split_and_summed_up(tmp_path: Path) -> None:
         check_files(manifest)
         assert manifest.source == "digits"
         assert f"{manifest.split}: {manifest.num_samples:,} samples, {len(manifest.shards)} shard" in result.stdout
-        assert f"10 classes -> {manifest.folder}" in result.stdout
+        assert f"10 classes -> {folder_of(manifest)}" in result.stdout
 
 
 def test_the_same_command_again_says_so(images: Path, tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.s3 import S3Server
-from tests.helpers.shardset import image_bytes, make_shardset, parts_of
-from vitscale.data.manifest import Manifest, check_files, read_manifest
+from tests.helpers.shardset import folder_of, image_bytes, make_shardset, parts_of
+from vitscale.data.manifest import Manifest, read_manifest
 from vitscale.data.order import SequentialOrder, WindowId
+from vitscale.data.shard_set import check_files, open_source
 from vitscale.data.stream import IMAGE_EXTENSIONS, RawSample, ShardStream
 from vitscale.errors import DataError
 from vitscale_shards.checking.verify import format_fault, verify_set
@@ -72,7 +73,9 @@ def refusal(url: Path | str, **options: Any) -> str:
 
 def read_all(manifest: Manifest) -> list[RawSample]:
     """As training reads it."""
-    stream = ShardStream(manifest, SequentialOrder([shard.num_samples for shard in manifest.shards], window=3))
+    stream = ShardStream(
+        [open_source(manifest)], SequentialOrder([shard.num_samples for shard in manifest.shards], window=3)
+    )
     windows = range(-(-manifest.num_samples // 3))
     samples = [sample for number in windows for sample in stream.read_window(WindowId(0, 0, number))]
     assert all(isinstance(sample, RawSample) for sample in samples)
@@ -81,7 +84,7 @@ def read_all(manifest: Manifest) -> list[RawSample]:
 
 def as_webdataset(manifest: Manifest) -> list[tuple[str, bytes, tuple[int, ...]]]:
     """Key, image and labels of every sample, as the ``webdataset`` package reads them."""
-    urls = [str(manifest.folder / shard.name) for shard in manifest.shards]
+    urls = [str(folder_of(manifest) / shard.name) for shard in manifest.shards]
     found = []
     for sample in webdataset.WebDataset(urls, shardshuffle=False):
         image = next(sample[ext] for ext in sample if ext in IMAGE_EXTENSIONS)
@@ -239,7 +242,7 @@ def test_which_tars(tars: Path, pattern: str, names: list[str]) -> None:
     manifest = index_set(pattern.format(folder=tars)).manifest
     assert [shard.name for shard in manifest.shards] == names
     assert (manifest.split, manifest.source, manifest.base_url) == ("set", "set", None)
-    assert manifest.folder == tars
+    assert folder_of(manifest) == tars
 
 
 def test_hidden_files_and_others_are_passed_over(tars: Path) -> None:
@@ -461,16 +464,19 @@ def test_index_elsewhere(tars: Path, tmp_path: Path) -> None:
     assert result.manifest.base_url == str(tars)
     manifest = read_manifest(out)
     assert manifest == result.manifest
+    check_files(manifest)
+    elsewhere = read_all(manifest)
+    (tars / "part-1.tar").rename(tars / "moved.tar")
     with pytest.raises(DataError) as caught:
         check_files(manifest)
     assert str(caught.value) == (
-        f"{out}: part-0.tar is missing; part-1.tar is missing; the tars lie in {tars}, but only tars beside the index "
-        f"are read: copy or link them into {out}"
+        f"{out}: part-1.tar is missing (the tars lie in {tars}); the index and the tars must come from one writing: "
+        f"copy the set again or write it anew with 'vitscale shards write'"
     )
+    (tars / "moved.tar").rename(tars / "part-1.tar")
     for name in before:
         (out / name).symlink_to(tars / name)
-    check_files(manifest)
-    assert [sample.key for sample in read_all(manifest)] == [key for key, _, _ in as_webdataset(manifest)]
+    assert [sample.key for sample in elsewhere] == [key for key, _, _ in as_webdataset(manifest)]
     assert index_set(str(tars), out=tars).manifest.base_url is None
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vitscale.data.manifest import check_files, read_manifest
+from vitscale.data.manifest import read_manifest
+from vitscale.data.shard_set import check_files
 from vitscale.errors import DataError
 from vitscale_shards.checking.locate import locate
 from vitscale_shards.checking.verify import SetFault, verify_set

@@ -60,7 +60,7 @@ def write_index(folder: Path, classes: list[str] | None, *, idx: bool = True, mu
         shards.append(ShardInfo(path.name, len(runs), path.stat().st_size))
         if idx:
             path.with_suffix(".idx").write_text(format_idx(list(runs.values())))
-    manifest = Manifest(folder, tuple(shards), None if classes is None else tuple(classes), multi_label)
+    manifest = Manifest(str(folder), tuple(shards), None if classes is None else tuple(classes), multi_label)
     (folder / "index.json").write_text(json.dumps(manifest.to_json()))
     return folder
 

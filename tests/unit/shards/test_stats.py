@@ -266,7 +266,7 @@ def test_damaged_sets(tmp_path: Path) -> None:
 
 def test_tars_that_lie_elsewhere(tmp_path: Path) -> None:
     manifest = make_shardset(tmp_path, [3])
-    content = Manifest(tmp_path, manifest.shards, base_url="https://host/set").to_json()
+    content = Manifest(str(tmp_path), manifest.shards, base_url="https://host/set").to_json()
     (tmp_path / "index.json").write_text(json.dumps(content))
     assert refusal(tmp_path).startswith(f"{tmp_path}: its tars lie in https://host/set, but only tars beside the")
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.shardset import Parts, image_bytes, key_of, make_shardset, overwrite, parts_of
+from tests.helpers.shardset import Parts, folder_of, image_bytes, key_of, make_shardset, overwrite, parts_of
 from vitscale.data.manifest import Manifest, Member, format_idx, parse_manifest, read_idx
 from vitscale.errors import DataError
 from vitscale_shards.checking import inspect_shard
@@ -84,8 +84,8 @@ def test_several_processes_say_the_same(shardset: Manifest) -> None:
     overwrite(shardset, 7, "cls", b"x")
     overwrite(shardset, 12, "jpg", b"no image at all")
     reports: list[tuple[int, int]] = []
-    faults = faults_of(shardset.folder, workers=2, on_progress=lambda done, total: reports.append((done, total)))
-    assert faults == faults_of(shardset.folder)
+    faults = faults_of(folder_of(shardset), workers=2, on_progress=lambda done, total: reports.append((done, total)))
+    assert faults == faults_of(folder_of(shardset))
     assert len(faults) == 4
     total = shardset.num_bytes
     ends = [shardset.shards[0].num_bytes, total - shardset.shards[2].num_bytes, total]
@@ -93,27 +93,27 @@ def test_several_processes_say_the_same(shardset: Manifest) -> None:
 
 
 def test_truncated_tar(shardset: Manifest) -> None:
-    os.truncate(shardset.folder / TARS[1], 5000)
+    os.truncate(folder_of(shardset) / TARS[1], 5000)
     cut = (
         f"size: {TARS[1]} at byte 5000, sample sample_00007: truncated: 5000 of 10240 bytes; the cut is at "
         f"sample_00007.png, and 2 of 4 samples are not whole"
     )
-    assert [lines_of(shardset.folder, level) for level in LEVELS] == [[cut]] * 4
+    assert [lines_of(folder_of(shardset), level) for level in LEVELS] == [[cut]] * 4
 
 
 def test_truncated_tar_without_what_was_in_it(shardset: Manifest) -> None:
-    os.truncate(shardset.folder / TARS[1], 5000)
-    (shardset.folder / "train-000001.idx").unlink()
-    assert lines_of(shardset.folder, "sizes") == [
+    os.truncate(folder_of(shardset) / TARS[1], 5000)
+    (folder_of(shardset) / "train-000001.idx").unlink()
+    assert lines_of(folder_of(shardset), "sizes") == [
         f"size: {TARS[1]} at byte 5000: truncated: 5000 of 10240 bytes",
         "idx: train-000001.idx: missing",
     ]
 
 
 def test_truncated_tar_without_index(shardset: Manifest) -> None:
-    os.truncate(shardset.folder / TARS[1], 5300)
-    (shardset.folder / "index.json").unlink()
-    index, tar = faults_of(shardset.folder)
+    os.truncate(folder_of(shardset) / TARS[1], 5300)
+    (folder_of(shardset) / "index.json").unlink()
+    index, tar = faults_of(folder_of(shardset))
     assert (index.kind, index.file) == ("index", "index.json")
     assert (tar.kind, tar.file) == ("tar", TARS[1])
     assert tar.message == "sample_00007.png is truncated: 180 of 512 bytes; nothing behind it was looked at"
@@ -122,12 +122,12 @@ def test_truncated_tar_without_index(shardset: Manifest) -> None:
 @pytest.mark.parametrize("level", LEVELS[1:])
 def test_flipped_byte_in_an_image(shardset: Manifest, level: Level) -> None:
     """Only the checksum can see the second one: the image still decodes."""
-    idx = read_idx(shardset.folder / "train-000001.idx")
+    idx = read_idx(folder_of(shardset) / "train-000001.idx")
     (image,) = (member for member in idx[2] if member.extension == "png")
-    flip(shardset.folder / TARS[1], image.offset)
-    padding = read_idx(shardset.folder / "train-000002.idx")[0][1]
-    flip(shardset.folder / TARS[2], padding.offset + padding.size)
-    faults = faults_of(shardset.folder, level)
+    flip(folder_of(shardset) / TARS[1], image.offset)
+    padding = read_idx(folder_of(shardset) / "train-000002.idx")[0][1]
+    flip(folder_of(shardset) / TARS[2], padding.offset + padding.size)
+    faults = faults_of(folder_of(shardset), level)
     found = {(fault.kind, fault.file, fault.offset, fault.key) for fault in faults}
     checksums = {("checksum", TARS[1], None, None), ("checksum", TARS[2], None, None)}
     broken = {("sample", TARS[1], image.offset, key_of(7))} if level in DEEP else set()
@@ -137,9 +137,9 @@ def test_flipped_byte_in_an_image(shardset: Manifest, level: Level) -> None:
 
 @pytest.mark.parametrize("level", DEEP)
 def test_flipped_byte_in_a_tar_header(shardset: Manifest, level: Level) -> None:
-    label = read_idx(shardset.folder / "train-000001.idx")[1][1]
-    flip(shardset.folder / TARS[1], label.offset - 512 + 7)
-    checksum, tar = faults_of(shardset.folder, level)
+    label = read_idx(folder_of(shardset) / "train-000001.idx")[1][1]
+    flip(folder_of(shardset) / TARS[1], label.offset - 512 + 7)
+    checksum, tar = faults_of(folder_of(shardset), level)
     assert (checksum.kind, checksum.file) == ("checksum", TARS[1])
     assert (tar.kind, tar.file, tar.offset) == ("tar", TARS[1], label.offset - 512)
     assert tar.message.startswith("no tar header")
@@ -147,34 +147,34 @@ def test_flipped_byte_in_a_tar_header(shardset: Manifest, level: Level) -> None:
 
 def test_an_image_that_only_decoding_finds_broken(shardset: Manifest) -> None:
     overwrite(shardset, 7, "png", b"\xff", at=120)
-    assert [fault.kind for fault in faults_of(shardset.folder, "headers")] == ["checksum"]
-    (image,) = (m for m in read_idx(shardset.folder / "train-000001.idx")[2] if m.extension == "png")
-    checksum, sample = faults_of(shardset.folder, "pixels")
+    assert [fault.kind for fault in faults_of(folder_of(shardset), "headers")] == ["checksum"]
+    (image,) = (m for m in read_idx(folder_of(shardset) / "train-000001.idx")[2] if m.extension == "png")
+    checksum, sample = faults_of(folder_of(shardset), "pixels")
     assert checksum.kind == "checksum"
     assert (sample.kind, sample.offset, sample.key) == ("sample", image.offset, key_of(7))
 
 
 def test_missing_tar(shardset: Manifest) -> None:
-    (shardset.folder / TARS[1]).unlink()
+    (folder_of(shardset) / TARS[1]).unlink()
     for level in LEVELS:
-        assert lines_of(shardset.folder, level) == [f"missing: {TARS[1]}: missing; index.json lists it"]
+        assert lines_of(folder_of(shardset), level) == [f"missing: {TARS[1]}: missing; index.json lists it"]
 
 
 def test_missing_idx(shardset: Manifest) -> None:
-    (shardset.folder / "train-000001.idx").unlink()
+    (folder_of(shardset) / "train-000001.idx").unlink()
     for level in LEVELS:
-        assert lines_of(shardset.folder, level) == ["idx: train-000001.idx: missing"]
+        assert lines_of(folder_of(shardset), level) == ["idx: train-000001.idx: missing"]
 
 
 @pytest.mark.parametrize("with_idx", [False, True])
 def test_swapped_tars(shardset: Manifest, with_idx: bool) -> None:
     for suffix in (".tar", ".idx") if with_idx else (".tar",):
-        swap(*((shardset.folder / TARS[n]).with_suffix(suffix) for n in (0, 1)))
-    first, second = faults_of(shardset.folder, "sizes")
+        swap(*((folder_of(shardset) / TARS[n]).with_suffix(suffix) for n in (0, 1)))
+    first, second = faults_of(folder_of(shardset), "sizes")
     assert {(fault.kind, fault.file) for fault in (first, second)} == {("size", TARS[0]), ("size", TARS[1])}
     assert first.message == f"has 10240 bytes, as {TARS[1]} should; not its own size"
     for level in LEVELS[1:]:
-        assert lines_of(shardset.folder, level) == [
+        assert lines_of(folder_of(shardset), level) == [
             f"swapped: {TARS[0]}: holds the content of {TARS[1]}",
             f"swapped: {TARS[1]}: holds the content of {TARS[0]}",
         ]
@@ -190,17 +190,17 @@ def test_a_size_that_several_tars_have_is_no_hint(tmp_path: Path) -> None:
 
 
 def test_a_tar_copied_over_another(shardset: Manifest) -> None:
-    shutil.copy(shardset.folder / TARS[0], shardset.folder / TARS[2])
-    assert lines_of(shardset.folder) == [f"swapped: {TARS[2]}: holds the content of {TARS[0]}"]
+    shutil.copy(folder_of(shardset) / TARS[0], folder_of(shardset) / TARS[2])
+    assert lines_of(folder_of(shardset)) == [f"swapped: {TARS[2]}: holds the content of {TARS[0]}"]
 
 
 def test_foreign_files(shardset: Manifest) -> None:
     for name in ("notes.txt", "other-000000.tar", "train-000000.json", "stray.idx"):
-        (shardset.folder / name).write_text("something")
-    (shardset.folder / "pictures").mkdir()
-    (shardset.folder / ".DS_Store").write_text("hidden")
-    shutil.copy(shardset.folder / TARS[0], shardset.folder / TARS[3])
-    found = {(fault.kind, fault.file) for fault in faults_of(shardset.folder)}
+        (folder_of(shardset) / name).write_text("something")
+    (folder_of(shardset) / "pictures").mkdir()
+    (folder_of(shardset) / ".DS_Store").write_text("hidden")
+    shutil.copy(folder_of(shardset) / TARS[0], folder_of(shardset) / TARS[3])
+    found = {(fault.kind, fault.file) for fault in faults_of(folder_of(shardset))}
     names = (TARS[3], "notes.txt", "other-000000.tar", "train-000000.json", "stray.idx", "pictures")
     assert found == {("foreign", name) for name in names}
 
@@ -213,25 +213,25 @@ def test_a_set_that_was_only_indexed_may_lie_among_other_files(tmp_path: Path) -
 
 
 def test_what_writers_left(shardset: Manifest) -> None:
-    (shardset.folder / f".{TARS[0]}.node-77.tmp").write_bytes(b"half")
-    (shardset.folder / ".progress").mkdir()
-    found = {(fault.kind, fault.file) for fault in faults_of(shardset.folder)}
+    (folder_of(shardset) / f".{TARS[0]}.node-77.tmp").write_bytes(b"half")
+    (folder_of(shardset) / ".progress").mkdir()
+    found = {(fault.kind, fault.file) for fault in faults_of(folder_of(shardset))}
     assert found == {("leftover", f".{TARS[0]}.node-77.tmp"), ("leftover", ".progress")}
 
 
 def test_index_of_an_older_writing(shardset: Manifest) -> None:
     """All sizes have changed and there is one tar more; one line says it, and the tars are judged by themselves."""
-    old = (shardset.folder / "index.json").read_text()
-    make_shardset(shardset.folder, [9, 8, 12, 2], sha256=True, plan=PLAN)
-    (shardset.folder / "index.json").write_text(old)
+    old = (folder_of(shardset) / "index.json").read_text()
+    make_shardset(folder_of(shardset), [9, 8, 12, 2], sha256=True, plan=PLAN)
+    (folder_of(shardset) / "index.json").write_text(old)
     stale = (
         f"index: index.json: stale: 3 of 3 tars have another size than it says, though they fit their own .idx "
         f"({TARS[0]}: 30720 bytes, not 20480); tars that it does not list lie here: 1 ({TARS[3]})"
     )
     for level in LEVELS:
-        assert lines_of(shardset.folder, level) == [stale]
-    overwrite(parse_manifest(old, shardset.folder), 1, "cls", b"x")
-    assert [(fault.kind, fault.file) for fault in faults_of(shardset.folder)] == [
+        assert lines_of(folder_of(shardset), level) == [stale]
+    overwrite(parse_manifest(old, shardset.location), 1, "cls", b"x")
+    assert [(fault.kind, fault.file) for fault in faults_of(folder_of(shardset))] == [
         ("index", "index.json"),
         ("sample", TARS[0]),
     ]
@@ -242,17 +242,17 @@ def test_index_without_the_last_tar(shardset: Manifest) -> None:
         del raw["shardlist"][2]
         raw["vitscale"]["num_samples"] = 9
 
-    change_index(shardset.folder, forget)
-    os.truncate(shardset.folder / TARS[0], 9000)
-    stale, size = lines_of(shardset.folder)
+    change_index(folder_of(shardset), forget)
+    os.truncate(folder_of(shardset) / TARS[0], 9000)
+    stale, size = lines_of(folder_of(shardset))
     assert stale == f"index: index.json: stale: tars that it does not list lie here: 1 ({TARS[2]})"
     assert size.startswith(f"size: {TARS[0]} at byte 9000")
 
 
 def test_index_of_tars_that_are_all_gone(shardset: Manifest) -> None:
-    for path in [*shardset.folder.glob("*.tar"), *shardset.folder.glob("*.idx")]:
+    for path in [*folder_of(shardset).glob("*.tar"), *folder_of(shardset).glob("*.idx")]:
         path.rename(path.with_name(path.name.replace("train", "val")))
-    (line,) = lines_of(shardset.folder)
+    (line,) = lines_of(folder_of(shardset))
     assert line == (
         "index: index.json: stale: tars that it does not list lie here: 3 (val-000000.tar to val-000002.tar); none of "
         "the 3 that it lists lies here"
@@ -261,18 +261,18 @@ def test_index_of_tars_that_are_all_gone(shardset: Manifest) -> None:
 
 def test_index_of_another_plan(shardset: Manifest) -> None:
     for level in LEVELS:
-        assert lines_of(shardset.folder, level, plan="0123456789abcdef") == [
+        assert lines_of(folder_of(shardset), level, plan="0123456789abcdef") == [
             "index: index.json: stale: of plan 5ec0ded15ec0, while the folder's plan.parquet is plan 0123456789ab"
         ]
 
 
 def test_tars_of_another_writing_with_the_same_sizes(shardset: Manifest) -> None:
     """Nothing but the checksums differs, so either side may be wrong; a note says so."""
-    old = (shardset.folder / "index.json").read_text()
-    make_shardset(shardset.folder, SIZES, parts=lambda n: parts_of(n + 30), sha256=True, plan=PLAN)
-    (shardset.folder / "index.json").write_text(old)
+    old = (folder_of(shardset) / "index.json").read_text()
+    make_shardset(folder_of(shardset), SIZES, parts=lambda n: parts_of(n + 30), sha256=True, plan=PLAN)
+    (folder_of(shardset) / "index.json").write_text(old)
     notes: list[str] = []
-    assert {fault.kind for fault in faults_of(shardset.folder, on_note=notes.append)} == {"checksum"}
+    assert {fault.kind for fault in faults_of(folder_of(shardset), on_note=notes.append)} == {"checksum"}
     assert notes == ["3 of 3 tars have other checksums than index.json says: it may be stale itself"]
 
 
@@ -297,19 +297,21 @@ def test_tars_of_another_writing_with_the_same_sizes(shardset: Manifest) -> None
 )
 def test_index_that_says_nothing(shardset: Manifest, change: Callable[[Any], Any], message: str) -> None:
     """The tars are looked at all the same."""
-    change_index(shardset.folder, change)
+    change_index(folder_of(shardset), change)
     overwrite(shardset, 7, "cls", b"x")
-    index, sample = faults_of(shardset.folder)
+    index, sample = faults_of(folder_of(shardset))
     assert (index.kind, index.file, index.message) == ("index", "index.json", message)
     assert (sample.kind, sample.file, sample.key) == ("sample", TARS[1], key_of(7))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[" * 100_000])
 def test_index_missing_or_unreadable(shardset: Manifest, content: bytes | None) -> None:
-    path = shardset.folder / "index.json"
+    path = folder_of(shardset) / "index.json"
     path.unlink() if content is None else path.write_bytes(content)
     for level in LEVELS:
-        assert [(fault.kind, fault.file) for fault in faults_of(shardset.folder, level)] == [("index", "index.json")]
+        assert [(fault.kind, fault.file) for fault in faults_of(folder_of(shardset), level)] == [
+            ("index", "index.json")
+        ]
 
 
 def test_index_with_wrong_numbers_of_a_sound_tar(shardset: Manifest) -> None:
@@ -317,15 +319,15 @@ def test_index_with_wrong_numbers_of_a_sound_tar(shardset: Manifest) -> None:
         raw["shardlist"][1].update(nsamples=5, filesize=11111)
         raw["vitscale"].update(num_samples=16)
 
-    change_index(shardset.folder, change)
-    assert lines_of(shardset.folder, "checksums") == [
+    change_index(folder_of(shardset), change)
+    assert lines_of(folder_of(shardset), "checksums") == [
         f"index: index.json: says 11111 bytes of {TARS[1]}, which has 10240 and the right checksum"
     ]
-    change_index(shardset.folder, lambda raw: raw["shardlist"][1].update(filesize=10240))
-    assert lines_of(shardset.folder, "sizes") == [
+    change_index(folder_of(shardset), lambda raw: raw["shardlist"][1].update(filesize=10240))
+    assert lines_of(folder_of(shardset), "sizes") == [
         "idx: train-000001.idx at byte 0: lists 4 samples where index.json says 5"
     ]
-    assert lines_of(shardset.folder) == [f"index: index.json: says 5 samples of {TARS[1]}, which has 4"]
+    assert lines_of(folder_of(shardset)) == [f"index: index.json: says 5 samples of {TARS[1]}, which has 4"]
 
 
 def write_idx(folder: Path, change: Callable[[list[list[Member]]], Any]) -> None:
@@ -345,10 +347,10 @@ def write_idx(folder: Path, change: Callable[[list[list[Member]]], Any]) -> None
     ],
 )
 def test_idx_that_does_not_fit(shardset: Manifest, change: Callable[[list[list[Member]]], Any], message: str) -> None:
-    write_idx(shardset.folder, change)
-    (fault,) = faults_of(shardset.folder)
+    write_idx(folder_of(shardset), change)
+    (fault,) = faults_of(folder_of(shardset))
     assert (fault.kind, fault.file) == ("idx", "train-000001.idx")
-    lines = (shardset.folder / "train-000001.idx").read_bytes().splitlines(keepends=True)
+    lines = (folder_of(shardset) / "train-000001.idx").read_bytes().splitlines(keepends=True)
     number = int(fault.message.split()[1])
     assert fault.offset == sum(map(len, lines[: number - 1]))
     assert fault.message.startswith(message)
@@ -360,17 +362,17 @@ def test_idx_that_does_not_fit(shardset: Manifest, change: Callable[[list[list[M
 )
 @pytest.mark.parametrize("level", LEVELS)
 def test_damaged_idx(shardset: Manifest, content: bytes, level: Level) -> None:
-    (shardset.folder / "train-000001.idx").write_bytes(content)
-    (fault,) = faults_of(shardset.folder, level)
+    (folder_of(shardset) / "train-000001.idx").write_bytes(content)
+    (fault,) = faults_of(folder_of(shardset), level)
     assert (fault.kind, fault.file) == ("idx", "train-000001.idx")
     assert "format v1.2" in fault.message
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_idx_cut_within_its_last_line(shardset: Manifest, level: Level) -> None:
-    path = shardset.folder / "train-000001.idx"
+    path = folder_of(shardset) / "train-000001.idx"
     path.write_bytes(path.read_bytes()[:-3])
-    assert [(fault.kind, fault.file) for fault in faults_of(shardset.folder, level)] == [("idx", path.name)]
+    assert [(fault.kind, fault.file) for fault in faults_of(folder_of(shardset), level)] == [("idx", path.name)]
 
 
 def test_idx_of_a_larger_tar(shardset: Manifest) -> None:
@@ -378,17 +380,17 @@ def test_idx_of_a_larger_tar(shardset: Manifest) -> None:
         last = samples[-1][-1]
         samples[-1][-1] = Member(last.extension, last.offset, 20_000, last.name)
 
-    write_idx(shardset.folder, grow)
-    (fault,) = faults_of(shardset.folder, "sizes")
+    write_idx(folder_of(shardset), grow)
+    (fault,) = faults_of(folder_of(shardset), "sizes")
     assert (fault.kind, fault.file) == ("idx", "train-000001.idx")
     assert fault.message.startswith("its last member ends at byte 2")
     assert fault.message.endswith(f", but {TARS[1]} has 10240 bytes")
 
 
 def test_idx_with_an_extra_line(shardset: Manifest) -> None:
-    path = shardset.folder / "train-000001.idx"
+    path = folder_of(shardset) / "train-000001.idx"
     path.write_text(path.read_text() + "png 512 1 extra.png\n")
-    assert [fault.kind for fault in faults_of(shardset.folder)] == ["idx"]
+    assert [fault.kind for fault in faults_of(folder_of(shardset))] == ["idx"]
 
 
 def spoil(number: int, **parts: bytes | None) -> Callable[[int], Parts]:
@@ -527,7 +529,7 @@ def test_a_tar_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_checksums_that_the_index_does_not_have(tmp_path: Path) -> None:
     make_shardset(tmp_path, SIZES)
-    overwrite(parse_manifest((tmp_path / "index.json").read_text(), tmp_path), 7, "png", b"\xff", at=120)
+    overwrite(parse_manifest((tmp_path / "index.json").read_text(), str(tmp_path)), 7, "png", b"\xff", at=120)
     notes: list[str] = []
     assert faults_of(tmp_path, "headers", on_note=notes.append) == []
     assert notes == ["index.json has no sha256 of 3 of 3 tars: their checksums were not compared"]
@@ -543,12 +545,12 @@ def test_no_set(tmp_path: Path) -> None:
 
 
 def test_tars_that_lie_elsewhere(shardset: Manifest) -> None:
-    change_index(shardset.folder, lambda raw: raw["vitscale"].update(base_url="s3://bucket/set"))
+    change_index(folder_of(shardset), lambda raw: raw["vitscale"].update(base_url="s3://bucket/set"))
     with pytest.raises(DataError) as caught:
-        faults_of(shardset.folder)
+        faults_of(folder_of(shardset))
     assert str(caught.value) == (
-        f"{shardset.folder}: its tars lie in s3://bucket/set, but only tars beside the index are read: copy or link "
-        f"them into {shardset.folder}"
+        f"{folder_of(shardset)}: its tars lie in s3://bucket/set, but only tars beside the index are read: copy or "
+        f"link them into {folder_of(shardset)}"
     )
 
 

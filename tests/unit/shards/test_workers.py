@@ -31,7 +31,8 @@ from tests.helpers.writing import (
     start_writing,
     wait_for,
 )
-from vitscale.data.manifest import check_files, read_manifest
+from vitscale.data.manifest import read_manifest
+from vitscale.data.shard_set import check_files
 from vitscale.errors import DataError, Interrupted
 from vitscale_shards.place import LocalPlace
 from vitscale_shards.planning.planner import make_plans

@@ -30,8 +30,9 @@ from tests.helpers.writing import (
     wait_for,
     write_and_stop,
 )
-from vitscale.data.manifest import check_files, read_idx, read_manifest
+from vitscale.data.manifest import read_idx, read_manifest
 from vitscale.data.order import SequentialOrder, WindowId
+from vitscale.data.shard_set import check_files, open_source
 from vitscale.data.stream import RawSample, ShardStream
 from vitscale_shards.place import LocalPlace
 from vitscale_shards.planning.plan import Plan
@@ -124,7 +125,7 @@ def test_webdataset_wids_and_our_stream_read_the_same(
         assert (sample["__key__"], found) == (key, parts)
 
     manifest = read_manifest(folder)
-    stream = ShardStream(manifest, SequentialOrder([s.num_samples for s in manifest.shards], window=7))
+    stream = ShardStream([open_source(manifest)], SequentialOrder([s.num_samples for s in manifest.shards], window=7))
     ours = [sample for number in range(6) for sample in stream.read_window(WindowId(0, 0, number))]
     assert all(isinstance(sample, RawSample) for sample in ours)
     assert [(s.key, s.image, s.labels) for s in ours if isinstance(s, RawSample)] == [

@@ -20,7 +20,8 @@ from tests.helpers.writing import (
     write_and_stop,
     write_until,
 )
-from vitscale.data.manifest import check_files, read_manifest
+from vitscale.data.manifest import read_manifest
+from vitscale.data.shard_set import check_files
 from vitscale.errors import DataError
 from vitscale_shards.place import LocalPlace
 from vitscale_shards.planning.plan import Plan

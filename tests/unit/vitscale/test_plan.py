@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.shardset import as_mixture
 from vitscale.config.duration import Duration
 from vitscale.config.schema import (
     CheckpointConfig,
@@ -32,7 +33,7 @@ MODEL = ModelConfig(variant="ViT-mu/4", num_classes=10)
 
 def shardset(**fields: Any) -> Manifest:
     shards = tuple(ShardInfo(f"{n}.tar", size, size * BYTES_PER_SAMPLE) for n, size in enumerate((600, 399, 1)))
-    return Manifest(Path("train"), shards, **fields)
+    return Manifest("train", shards, **fields)
 
 
 def config(*, data: dict[str, Any] | None = None, **fields: Any) -> TrainConfig:
@@ -47,13 +48,15 @@ def config(*, data: dict[str, Any] | None = None, **fields: Any) -> TrainConfig:
         "checkpoint": CheckpointConfig(every=Duration(steps=50)),
     }
     return TrainConfig(
-        data=DataConfig(**{"train": Path("train"), "eval": Path("val"), "image_size": 8, **(data or {})}),
+        data=DataConfig(**{"train": "train", "eval": "val", "image_size": 8, **(data or {})}),
         **{**defaults, **fields},
     )
 
 
 def plan(world_size: int = 1, manifest: Manifest | None = None, **fields: Any) -> RunPlan:
-    return RunPlan.create(config(**fields), world_size, manifest or shardset())
+    settings = config(**fields)
+    train_set = as_mixture(manifest or shardset(), slots=settings.global_batch_size)
+    return RunPlan.create(settings, world_size, train_set)
 
 
 def refusal(**fields: Any) -> str:
@@ -180,9 +183,14 @@ def test_lanes_and_the_memory_of_windows() -> None:
     assert (plan().lanes, plan().window) == (16, 64)
     assert plan(data={"lanes": 8}).lanes == 8
     # 16 lanes of 5 samples; on 4 ranks 4 of them each; on few lanes every rank may walk all.
-    assert plan(data={"window": 5}).window_bytes_per_rank == 16 * 5 * BYTES_PER_SAMPLE
-    assert plan(4, data={"window": 5}).window_bytes_per_rank == 4 * 5 * BYTES_PER_SAMPLE
-    assert plan(4, data={"window": 5, "lanes": 2}).window_bytes_per_rank == 2 * 5 * BYTES_PER_SAMPLE
+    at_once = {"window": 5, "read_ahead_batches": 0}
+    assert plan(data=at_once).window_bytes_per_rank == 16 * 5 * BYTES_PER_SAMPLE
+    assert plan(4, data=at_once).window_bytes_per_rank == 4 * 5 * BYTES_PER_SAMPLE
+    assert plan(4, data={**at_once, "lanes": 2}).window_bytes_per_rank == 2 * 5 * BYTES_PER_SAMPLE
+    # And the samples of the batches that are read ahead.
+    assert (
+        plan(data={"window": 5, "read_ahead_batches": 3}).window_bytes_per_rank == (16 * 5 + 3 * 4) * BYTES_PER_SAMPLE
+    )
     # Never more than the whole set.
     assert plan(data={"window": 5000}).window_bytes_per_rank == NUM_SAMPLES * BYTES_PER_SAMPLE
 

@@ -168,13 +168,19 @@ CONFIGS = st.builds(
     micro_batch_size=st.sampled_from([1, 64, 4096]),
     data=sections_of(
         schema.DataConfig,
-        train=PATHS,
-        eval=PATHS,
+        train=TEXT,
+        eval=TEXT,
         image_size=POSITIVE | st.tuples(POSITIVE, POSITIVE),
         crop_area=st.tuples(st.floats(1e-6, 0.5), st.floats(0.5, 1)),
         flip=st.booleans(),
         lanes=st.none() | st.sampled_from([1, 1024]),
         max_bad_share=SHARES,
+    )
+    | sections_of(
+        schema.DataConfig,
+        train=st.dictionaries(TEXT, st.floats(1e-3, 1e3), min_size=1, max_size=3),
+        eval=TEXT,
+        image_size=POSITIVE,
     ),
     model=sections_of(
         schema.ModelConfig,
@@ -213,7 +219,7 @@ def test_changes_are_told_key_by_key() -> None:
         CONFIG,
         run=Path("runs/b"),
         duration=Duration(steps=5),
-        data=dataclasses.replace(CONFIG.data, eval=Path("sets/eval"), image_size=384),
+        data=dataclasses.replace(CONFIG.data, eval="sets/eval", image_size=384),
     )
     changes = diff_configs(CONFIG, new)
     assert changes[0] == KeyChange("run", Path("runs/a"), Path("runs/b"))

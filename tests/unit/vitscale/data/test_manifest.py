@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import wids
 
-from tests.helpers.shardset import image_bytes, key_of, make_shardset
+from tests.helpers.shardset import folder_of, image_bytes, key_of, make_shardset
 from vitscale.data.manifest import (
     Manifest,
     Member,
-    check_files,
     check_same_classes,
     format_idx,
     read_idx,
     read_manifest,
 )
+from vitscale.data.shard_set import check_files
 from vitscale.errors import DataError
 
 WRITE = "write one with 'vitscale shards write SOURCE OUT'"
@@ -34,7 +34,7 @@ def shardset(tmp_path: Path) -> Manifest:
 
 
 def change_index(manifest: Manifest, change: Callable[[Any], Any]) -> Path:
-    path = manifest.folder / "index.json"
+    path = folder_of(manifest) / "index.json"
     raw = json.loads(path.read_text())
     changed = change(raw)
     path.write_text(json.dumps(raw if changed is None else changed))
@@ -49,14 +49,14 @@ def refusal(function: Callable[[], Any]) -> str:
 
 def test_round_trip(shardset: Manifest) -> None:
     check_files(shardset)
-    again = read_manifest(shardset.folder)
+    again = read_manifest(folder_of(shardset))
     assert again == shardset
     assert (again.num_samples, len(again.shards)) == (10, 4)
-    assert again.num_bytes == sum(path.stat().st_size for path in shardset.folder.glob("*.tar"))
+    assert again.num_bytes == sum(path.stat().st_size for path in folder_of(shardset).glob("*.tar"))
 
 
 def test_the_helper_writes_what_wids_reads(shardset: Manifest) -> None:
-    folder = shardset.folder
+    folder = folder_of(shardset)
     dataset = wids.ShardListDataset(str(folder / "index.json"), cache_dir=str(folder / "cache"), transformations=[])
     assert len(dataset) == 10
     assert dataset[1][".png"].read() == image_bytes(1)
@@ -65,16 +65,16 @@ def test_the_helper_writes_what_wids_reads(shardset: Manifest) -> None:
 
 def test_a_foreign_wids_index_needs_only_its_shards(shardset: Manifest) -> None:
     change_index(shardset, lambda raw: {"shardlist": raw["shardlist"][:2]})
-    manifest = read_manifest(shardset.folder)
+    manifest = read_manifest(folder_of(shardset))
     assert (manifest.num_samples, manifest.classes, manifest.multi_label) == (5, None, False)
 
 
 def test_digest_names_the_content(shardset: Manifest) -> None:
     digest = shardset.digest
-    assert Manifest(Path("elsewhere"), shardset.shards).digest == digest
-    assert Manifest(shardset.folder, shardset.shards[::-1]).digest != digest
+    assert Manifest("elsewhere", shardset.shards).digest == digest
+    assert Manifest(shardset.location, shardset.shards[::-1]).digest != digest
     change_index(shardset, lambda raw: raw["shardlist"][1].update(sha256="00"))
-    assert read_manifest(shardset.folder).digest != digest
+    assert read_manifest(folder_of(shardset)).digest != digest
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_folder_without_index(tmp_path: Path) -> None:
 
 
 def test_folder_above_the_shard_set(shardset: Manifest) -> None:
-    folder = shardset.folder.parent
+    folder = folder_of(shardset).parent
     assert refusal(lambda: read_manifest(folder)) == (
         f"{folder}: holds no index.json, so it is not a shard set; did you mean {folder / 'train'}?"
     )
@@ -124,7 +124,7 @@ def test_foreign_json(tmp_path: Path, content: bytes, cause: str) -> None:
 
 def test_empty_set(shardset: Manifest) -> None:
     path = change_index(shardset, lambda raw: raw.update(shardlist=[]))
-    assert refusal(lambda: read_manifest(shardset.folder)) == (
+    assert refusal(lambda: read_manifest(folder_of(shardset))) == (
         f"{path}: the shard set is empty; at least one sample is needed"
     )
 
@@ -132,7 +132,7 @@ def test_empty_set(shardset: Manifest) -> None:
 @pytest.mark.parametrize("count", [0, -4])
 def test_empty_shard(shardset: Manifest, count: int) -> None:
     path = change_index(shardset, lambda raw: raw["shardlist"][2].update(nsamples=count))
-    assert refusal(lambda: read_manifest(shardset.folder)) == (
+    assert refusal(lambda: read_manifest(folder_of(shardset))) == (
         f"{path}: shard train-000002.tar says {count} samples; an empty shard is not allowed"
     )
 
@@ -142,7 +142,7 @@ def test_empty_shard(shardset: Manifest, count: int) -> None:
 )
 def test_shards_lie_beside_the_index(shardset: Manifest, url: str) -> None:
     path = change_index(shardset, lambda raw: raw["shardlist"][0].update(url=url))
-    assert refusal(lambda: read_manifest(shardset.folder)) == (
+    assert refusal(lambda: read_manifest(folder_of(shardset))) == (
         f"{path}: shard url {url!r}; a plain file name ending in .tar beside the index is allowed"
     )
 
@@ -155,14 +155,14 @@ def test_a_newer_format(shardset: Manifest) -> None:
         del raw["shardlist"]
 
     path = change_index(shardset, change)
-    assert refusal(lambda: read_manifest(shardset.folder)) == (
+    assert refusal(lambda: read_manifest(folder_of(shardset))) == (
         f"{path}: format version 2; this vitscale reads version 1: use the vitscale that wrote it, "
         f"or write the shard set again"
     )
 
 
 def test_files_that_do_not_match_the_index(shardset: Manifest) -> None:
-    tars = [shardset.folder / shard.name for shard in shardset.shards]
+    tars = [folder_of(shardset) / shard.name for shard in shardset.shards]
     tars[0].unlink()
     size = tars[1].stat().st_size
     tars[1].write_bytes(tars[1].read_bytes()[:-1])
@@ -171,7 +171,7 @@ def test_files_that_do_not_match_the_index(shardset: Manifest) -> None:
         "'vitscale shards write'"
     )
     start = (
-        f"{shardset.folder}: train-000000.tar is missing; "
+        f"{folder_of(shardset)}: train-000000.tar is missing; "
         f"train-000001.tar has {size - 1} bytes where the index says {size}"
     )
     assert refusal(lambda: check_files(shardset)) == start + advice
@@ -362,7 +362,7 @@ def test_a_member_index_serves_threads_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_same_classes(tmp_path: Path, ours: list[str] | None, theirs: Sequence[str] | None) -> None:
-    manifest = Manifest(tmp_path, (), None if ours is None else tuple(ours))
+    manifest = Manifest(str(tmp_path), (), None if ours is None else tuple(ours))
     check_same_classes(manifest, theirs, of="the training set")
 
 
@@ -378,7 +378,7 @@ def test_same_classes(tmp_path: Path, ours: list[str] | None, theirs: Sequence[s
 )
 def test_other_classes(tmp_path: Path, theirs: list[str], label: int, name: str) -> None:
     ours = ("cat", "dog", "eel")
-    message = refusal(lambda: check_same_classes(Manifest(tmp_path, (), ours), theirs, of="run/model.json"))
+    message = refusal(lambda: check_same_classes(Manifest(str(tmp_path), (), ours), theirs, of="run/model.json"))
     assert message == (
         f"{tmp_path}: label {label} is {ours[label]!r}, but {name!r} in run/model.json; write both sets from "
         f"sources with the same classes"

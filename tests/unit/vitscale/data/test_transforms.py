@@ -1,9 +1,11 @@
-"""Crops: bounds, the laws of the random crop against plain rejection, and exact pixels of the central crop."""
+"""Crops: bounds, the laws of the random crop against plain rejection, and exact pixels of both crops."""
 
 from __future__ import annotations
 
+import io
 import random
-from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,21 +15,35 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from vitscale.config.schema import DataConfig
+from vitscale.data.decode import BadSampleError, decode_image
 from vitscale.data.loader import value_range
-from vitscale.data.transforms import Box, evaluation_pixels, inception_crop, train_pixels
+from vitscale.data.transforms import Box, evaluation_crop, evaluation_pixels, inception_crop, resize, train_crop
 
 # As the reference calls tf.image.sample_distorted_bounding_box.
 AREA, ASPECT = (0.05, 1.0), (0.75, 1.33)
 
 
 def config(size: int | tuple[int, int], **fields: Any) -> DataConfig:
-    return DataConfig(train=Path("train"), image_size=size, **{"crop_area": AREA, "crop_aspect": ASPECT, **fields})
+    return DataConfig(train="train", image_size=size, **{"crop_area": AREA, "crop_aspect": ASPECT, **fields})
 
 
 def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def train_pixels(data: bytes, config: DataConfig, seed: int) -> NDArray[np.uint8]:
+    out = np.full((*config.image_hw, 3), 77, dtype=np.uint8)
+    train_crop(data, config, seed, out)
+    return out
 
 
 def crops(width: int, height: int, count: int, **laws: Any) -> list[Box]:
@@ -57,12 +73,12 @@ def test_crops_are_inside_and_keep_the_area(
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (2, 2), (3, 1000), (1, 2)])
 def test_extreme_sizes_still_give_a_crop(width: int, height: int) -> None:
     for seed in range(20):
-        assert train_pixels(noise(width, height), config(8), seed).shape == (8, 8, 3)
+        assert train_pixels(encoded(noise(width, height)), config(8), seed).shape == (8, 8, 3)
     assert evaluation_pixels(noise(width, height), config(8)).shape == (8, 8, 3)
 
 
 def test_the_laws_of_the_reference_are_the_default() -> None:
-    defaults = DataConfig(train=Path("train"), image_size=8)
+    defaults = DataConfig(train="train", image_size=8)
     assert (defaults.crop_area, defaults.crop_aspect) == (AREA, ASPECT)
 
 
@@ -121,14 +137,14 @@ def test_the_crop_of_a_seed_is_pinned() -> None:
 
 
 def test_pixels_of_a_seed_repeat_and_those_of_seeds_differ() -> None:
-    image = noise(40, 30)
+    image = encoded(noise(40, 30))
     drawn = [train_pixels(image, config(16), seed).tobytes() for seed in range(30)]
     assert drawn == [train_pixels(image, config(16), seed).tobytes() for seed in range(30)]
     assert len(set(drawn)) == 30
 
 
 def test_half_of_the_images_are_mirrored() -> None:
-    image = Image.fromarray(np.array([[[0] * 3, [255] * 3]], dtype=np.uint8).repeat(2, axis=0))
+    image = encoded(Image.fromarray(np.array([[[0] * 3, [255] * 3]], dtype=np.uint8).repeat(2, axis=0)))
     whole = config(2, crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0))
     mirrored = [bool(train_pixels(image, whole, seed)[0, 0, 0]) for seed in range(2000)]
     assert abs(sum(mirrored) - 1000) < 3 * 2000**0.5 / 2
@@ -142,10 +158,113 @@ def test_training_pixels_are_those_of_the_box() -> None:
     ramp = Image.fromarray(np.arange(width, dtype=np.uint8)[None, :, None].repeat(height, 0).repeat(3, 2))
     for seed in range(30):
         box = inception_crop(width, height, random.Random(seed), area=AREA, aspect=ASPECT)
-        pixels = train_pixels(ramp, config((4, 8), flip=False), seed)
+        pixels = train_pixels(encoded(ramp), config((4, 8), flip=False), seed)
         centres = box.left + (np.arange(8) + 0.5) * (box.right - box.left) / 8 - 0.5
         assert pixels.shape == (4, 8, 3)
         assert np.abs(pixels[0, 1:-1, 0] - centres[1:-1]).max() <= 1
+
+
+def plainly_cropped(data: bytes, config: DataConfig, seed: int) -> NDArray[np.uint8]:
+    """The whole image by Pillow, then the crop, then torch's public resize, then the mirror."""
+    image = np.array(decode_image(data, max_pixels=config.max_image_pixels))
+    rng = random.Random(seed)
+    box = inception_crop(image.shape[1], image.shape[0], rng, area=config.crop_area, aspect=config.crop_aspect)
+    crop = torch.from_numpy(image[box.top : box.bottom, box.left : box.right].copy()).permute(2, 0, 1)[None]
+    resized = interpolate(crop, config.image_hw, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    return resized[:, ::-1] if rng.random() < 0.5 else resized
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("JPEG", {"subsampling": 0}),
+        ("JPEG", {"subsampling": 1}),
+        ("JPEG", {"subsampling": 2}),
+        ("JPEG", {"subsampling": 2, "restart_marker_rows": 1}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("WEBP", {}),
+    ],
+)
+@pytest.mark.parametrize("size", [8, (30, 20), 64])
+def test_the_way_through_the_header_changes_no_pixel(
+    format: str, options: dict[str, Any], size: int | tuple[int, int]
+) -> None:
+    data = encoded(noise(90, 71), format, **options)
+    for seed in range(40):
+        np.testing.assert_array_equal(
+            train_pixels(data, config(size), seed), plainly_cropped(data, config(size), seed), f"seed {seed}"
+        )
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_four_channels_are_cropped_too(mode: str) -> None:
+    data = encoded(noise(40, 50).convert(mode), "JPEG")
+    for seed in range(20):
+        np.testing.assert_array_equal(train_pixels(data, config(16), seed), plainly_cropped(data, config(16), seed))
+
+
+@settings(max_examples=200, deadline=None)
+@given(*[st.integers(1, 90)] * 4)
+def test_resizing_is_that_of_pillow(width: int, height: int, columns: int, rows: int) -> None:
+    image = noise(width, height)
+    expected = np.asarray(image.resize((columns, rows), Image.Resampling.BILINEAR))
+    out = np.zeros((rows, columns, 3), dtype=np.uint8)
+    resize(np.array(image), out)
+    assert np.abs(out.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [5, 40])
+def test_pixels_may_go_anywhere_in_a_batch(size: int) -> None:
+    data = encoded(noise(30, 20), "JPEG")
+    for seed in range(8):
+        expected = train_pixels(data, config(size), seed)
+        last = np.zeros((3, size, size, 3), dtype=np.uint8)
+        first = np.zeros((3, 3, size, size), dtype=np.uint8)
+        train_crop(data, config(size), seed, last[1])
+        train_crop(data, config(size), seed, first[1].transpose(1, 2, 0))
+        np.testing.assert_array_equal(last[1], expected)
+        np.testing.assert_array_equal(first[1].transpose(1, 2, 0), expected)
+        assert not last[[0, 2]].any()
+        assert not first[[0, 2]].any()
+
+
+def test_a_single_pixel_fills_the_crop() -> None:
+    data = encoded(Image.new("RGB", (1, 1), (9, 8, 7)))
+    assert (train_pixels(data, config(6), 0) == (9, 8, 7)).all()
+
+
+def test_a_bad_image_is_refused_by_both_crops() -> None:
+    data, out = encoded(noise(40, 30), "JPEG"), np.zeros((8, 8, 3), dtype=np.uint8)
+    for seed in range(10):
+        with pytest.raises(BadSampleError, match="cannot decode the image"):
+            train_crop(data[: len(data) // 2], config(8), seed, out)
+    with pytest.raises(BadSampleError, match="cannot decode the image"):
+        evaluation_crop(data[: len(data) // 2], config(8), out)
+    small = config(8, max_image_pixels=1199)
+    for refused in (lambda: train_crop(data, small, 0, out), lambda: evaluation_crop(data, small, out)):
+        with pytest.raises(BadSampleError, match="image of 40 x 30 pixels; at most 1199 pixels are decoded"):
+            refused()
+
+
+def test_no_thread_is_started_by_a_crop() -> None:
+    """Each of the loader's threads would get as many of torch's as the machine has cores."""
+    code = (
+        "import io, numpy as np, psutil, torch\n"
+        "from PIL import Image\n"
+        "from vitscale.config.schema import DataConfig\n"
+        "from vitscale.data.transforms import train_crop\n"
+        "torch.set_num_threads(4)\n"
+        "data = io.BytesIO()\n"
+        "Image.effect_noise((600, 500), 50).convert('RGB').save(data, 'JPEG')\n"
+        "config, out = DataConfig(train='train', image_size=256), np.empty((256, 256, 3), np.uint8)\n"
+        "before = psutil.Process().num_threads()\n"
+        "for seed in range(8):\n"
+        "    train_crop(data.getvalue(), config, seed, out)\n"
+        "print(psutil.Process().num_threads() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
 
 
 def gradient(width: int, height: int) -> NDArray[np.uint8]:
@@ -191,6 +310,17 @@ def test_evaluation_takes_any_size(width: int, height: int, rows: int, columns: 
     pixels = evaluation_pixels(image, config((rows, columns), eval_crop_share=share))
     assert pixels.shape == (rows, columns, 3)
     assert (pixels == (9, 8, 7)).all()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [8, (30, 20), 64])
+def test_evaluation_from_bytes_is_evaluation_of_the_image(format: str, size: int | tuple[int, int]) -> None:
+    for width, height in ((90, 71), (50, 120), (64, 64), (1, 1)):
+        data = encoded(noise(width, height), format)
+        out = np.zeros((*config(size).image_hw, 3), dtype=np.uint8)
+        evaluation_crop(data, config(size), out)
+        image = decode_image(data, max_pixels=10**5)
+        np.testing.assert_array_equal(out, evaluation_pixels(image, config(size)))
 
 
 def test_value_range() -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tests.helpers.distributed import run_ranks
 from tests.helpers.runs import CONFIG, overrides
-from tests.helpers.shardset import make_shardset, spoil_image
+from tests.helpers.shardset import folder_of, make_shardset, spoil_image
 from vitscale.config.loader import load_config
 from vitscale.data.loader import Batch, Quarantined
 from vitscale.data.order import evaluation_positions
+from vitscale.data.shard_set import open_evaluation_set
 from vitscale.errors import DataError
-from vitscale.evaluation.accuracy import open_evaluation_set
 from vitscale.topology import Topology
 
 IMAGES = 83
@@ -188,7 +188,7 @@ def test_a_real_set_counts_the_same_and_in_the_same_order_on_any_number_of_ranks
         spoil_image(manifest, number)
     arguments = overrides(tmp_path, tmp_path / "run")
     for world_size in (1, 2, 3):
-        run_ranks(_reads_set, world_size, arguments, manifest.folder)
+        run_ranks(_reads_set, world_size, arguments, folder_of(manifest))
 
 
 @pytest.mark.parametrize(
@@ -200,26 +200,26 @@ def test_a_real_set_counts_the_same_and_in_the_same_order_on_any_number_of_ranks
 )
 def test_a_set_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"^{tmp_path}: {message}"):
-        open_evaluation_set(make_shardset(tmp_path, [2], **changes).folder, num_classes=10)
+        open_evaluation_set(make_shardset(tmp_path, [2], **changes).location, num_classes=10)
 
 
 def test_a_set_without_class_names_or_with_fewer_classes_is_taken(tmp_path: Path) -> None:
     names = [f"class {n}" for n in range(10)]
     for number, classes in enumerate((None, 3, 10)):
         manifest = make_shardset(tmp_path / str(number), [2], classes=classes)
-        assert open_evaluation_set(manifest.folder, num_classes=10) == manifest
-        assert open_evaluation_set(manifest.folder, num_classes=10, classes=names) == manifest
+        assert open_evaluation_set(manifest.location, num_classes=10) == manifest
+        assert open_evaluation_set(manifest.location, num_classes=10, classes=names) == manifest
     # Without a head there is no number of classes to compare with.
-    assert open_evaluation_set(make_shardset(tmp_path / "many", [2], classes=11).folder).num_samples == 2
+    assert open_evaluation_set(make_shardset(tmp_path / "many", [2], classes=11).location).num_samples == 2
 
 
 def test_a_set_with_files_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such shard set"):
-        open_evaluation_set(tmp_path / "none", num_classes=10)
+        open_evaluation_set(str(tmp_path / "none"), num_classes=10)
     manifest = make_shardset(tmp_path / "torn", [2])
-    (manifest.folder / manifest.shards[0].name).unlink()
+    (folder_of(manifest) / manifest.shards[0].name).unlink()
     with pytest.raises(DataError, match=r"train-000000.tar is missing"):
-        open_evaluation_set(manifest.folder, num_classes=10)
+        open_evaluation_set(manifest.location, num_classes=10)
 
 
 def test_labels_that_mean_something_else_are_refused(tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_labels_that_mean_something_else_are_refused(tmp_path: Path) -> None:
     # In the same number of classes, and where either side has more of them.
     for names in (["class 0", "class 2", "class 1"], ["class 0", "class 2"], ["class 0", "class 2", "x", "y"]):
         with pytest.raises(DataError) as caught:
-            open_evaluation_set(tmp_path, num_classes=10, classes=names, of="the shots")
+            open_evaluation_set(str(tmp_path), num_classes=10, classes=names, of="the shots")
         assert str(caught.value).startswith(f"{tmp_path}: label 1 is 'class 1', but 'class 2' in the shots; write both")
     with pytest.raises(DataError, match="but 'x' in the training set"):
-        open_evaluation_set(tmp_path, classes=["x"])
-    assert open_evaluation_set(tmp_path, classes=None) == manifest
+        open_evaluation_set(str(tmp_path), classes=["x"])
+    assert open_evaluation_set(str(tmp_path), classes=None) == manifest

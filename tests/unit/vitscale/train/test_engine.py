@@ -14,6 +14,7 @@ import torch
 
 from tests.helpers.distributed import run_ranks
 from tests.helpers.runs import CONFIG, TINY, overrides
+from tests.helpers.shardset import as_mixture
 from vitscale.config.loader import load_config
 from vitscale.config.schema import TrainConfig
 from vitscale.data.loader import Batch
@@ -30,7 +31,8 @@ def config_of(*more: str) -> TrainConfig:
 
 
 def plan_of(config: TrainConfig, world_size: int = 1) -> RunPlan:
-    return RunPlan.create(config, world_size, Manifest(Path("data"), (ShardInfo("a.tar", 1000, 10_000),)))
+    manifest = Manifest("data", (ShardInfo("a.tar", 1000, 10_000),))
+    return RunPlan.create(config, world_size, as_mixture(manifest, slots=config.global_batch_size))
 
 
 class Read(dict[str, Any]):

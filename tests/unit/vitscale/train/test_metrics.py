@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import CONFIG, TINY
+from tests.helpers.shardset import as_mixture
 from vitscale.checkpoint.state import TrainState
 from vitscale.config.loader import load_config
 from vitscale.data.loader import Quarantined
@@ -27,7 +28,8 @@ Open = Callable[[TrainState], MetricLog]
 def open_log(tmp_path: Path) -> Iterator[Open]:
     """Opens the records of a run in ``tmp_path`` that goes on from a state."""
     config = load_config(CONFIG, [*TINY, f"run={tmp_path}"])
-    plan = RunPlan.create(config, 1, Manifest(Path("data"), (ShardInfo("a.tar", 1427, 10_000),)))
+    manifest = Manifest("data", (ShardInfo("a.tar", 1427, 10_000),))
+    plan = RunPlan.create(config, 1, as_mixture(manifest, slots=config.global_batch_size))
     with connect(Topology(), timeout_s=60) as ranks:
 
         def open_log(state: TrainState, ranks: Ranks = ranks) -> MetricLog:

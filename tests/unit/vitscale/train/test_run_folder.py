@@ -17,6 +17,7 @@ import pytest
 
 import vitscale.train.run_folder as run_folder
 from tests.helpers.runs import CONFIG, TINY, environment
+from tests.helpers.shardset import as_mixture
 from vitscale.config.loader import load_config
 from vitscale.config.schema import TrainConfig
 from vitscale.data.manifest import Manifest, ShardInfo
@@ -35,8 +36,9 @@ def enter(config: TrainConfig, *, world_size: int = 1) -> tuple[int, list[str]]:
     lock = RunLock(config.run)
     lock.take()
     try:
-        manifest = Manifest(Path("data"), (ShardInfo("a.tar", 1427, 10_000),))
-        return open_run(config, RunPlan.create(config, world_size, manifest), say=said.append), said
+        manifest = Manifest("data", (ShardInfo("a.tar", 1427, 10_000),))
+        train_set = as_mixture(manifest, slots=config.global_batch_size)
+        return open_run(config, RunPlan.create(config, world_size, train_set), say=said.append), said
     finally:
         # The end of a process frees its lock; here, the frames of a caught error would hold it.
         del lock
@@ -45,7 +47,9 @@ def enter(config: TrainConfig, *, world_size: int = 1) -> tuple[int, list[str]]:
 def absolute(config: TrainConfig) -> TrainConfig:
     """What is kept of a configuration."""
     assert config.data.eval is not None
-    data = dataclasses.replace(config.data, train=Path.cwd() / config.data.train, eval=Path.cwd() / config.data.eval)
+    assert isinstance(config.data.train, str)
+    here = str(Path.cwd())
+    data = dataclasses.replace(config.data, train=f"{here}/{config.data.train}", eval=f"{here}/{config.data.eval}")
     return dataclasses.replace(config, run=Path.cwd() / config.run, data=data)
 
 
@@ -116,7 +120,7 @@ def test_a_run_without_a_checkpoint_may_start_anew_otherwise(tmp_path: Path) -> 
         ("data.train=elsewhere", "data.train"),
         ("data.max_bad_share=0.5", "data.max_bad_share"),
         ("engine.zero_stage=3", "engine.zero_stage"),
-        ("engine.timeout_s=60", "engine.timeout_s"),
+        ("engine.timeout_s=400", "engine.timeout_s"),
         ("engine.max_skipped_steps=9", "engine.max_skipped_steps"),
         ("data.eval=elsewhere", "data.eval"),
         ("data.eval_crop_share=0.9", "data.eval_crop_share"),
@@ -153,7 +157,7 @@ def test_paths_are_kept_and_compared_in_full(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     assert enter(config_of(Path("run"), "data.train=a", "data.eval=b")) == (1, [])
     kept = load_config(tmp_path / "run" / "config.yaml")
-    assert (kept.run, kept.data.train, kept.data.eval) == (tmp_path / "run", tmp_path / "a", tmp_path / "b")
+    assert (kept.run, kept.data.train, kept.data.eval) == (tmp_path / "run", str(tmp_path / "a"), str(tmp_path / "b"))
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     monkeypatch.chdir(tmp_path / "deep")
     same = config_of(tmp_path / "run", f"data.train={tmp_path / 'a'}", f"data.eval={tmp_path / 'b'}")
