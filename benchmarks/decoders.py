@@ -4,7 +4,7 @@
 
 IMAGES is a folder or a tar of JPEGs; without it photographs are made. Prints rates, their ratios, and how far pixels
 are from Pillow's; results that are worth keeping go to benchmarks/results with the command, the versions, the machine.
-Only torch, Pillow and simplejpeg are needed. To see more rows, install into an environment of its own any of:
+The requirements of vitscale are enough. To see more rows, install into an environment of its own any of:
 opencv-python-headless, imagecodecs, kornia-rs, pyvips[binary], nvidia-nvimgcodec-cu12; and name a libturbojpeg of
 version 3 by --turbojpeg.
 """
@@ -25,8 +25,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import psutil
 import simplejpeg
 import torch
 from numpy.typing import NDArray
@@ -37,6 +39,9 @@ from vitscale.data.transforms import Box, inception_crop, resize, train_crop
 
 REPEATS = 9
 THREADS = 2
+# A measurement counts if other processes took less than this share of a core, beyond what the clock can tell.
+DISTURBED = 0.03
+CLOCK_TICK_S = 0.011
 PACKAGES = (
     "torch pillow simplejpeg opencv-python-headless imagecodecs kornia-rs pyvips pyvips-binary nvidia-nvimgcodec-cu12"
 )
@@ -294,6 +299,7 @@ def main() -> None:
     parser.add_argument("source", nargs="?", type=Path, help="folder or tar of JPEGs; photographs are made if omitted")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--images", type=int, default=1000, help="at most so many images, evenly spaced")
+    parser.add_argument("--minutes", type=float, default=5, help="wait so long for a machine that is left alone")
     parser.add_argument("--enlarge", type=int, default=1, help="enlarge the images so many times beforehand")
     parser.add_argument("--turbojpeg", type=Path, default=Path(), help="a libturbojpeg of version 3")
     arguments = parser.parse_args()
@@ -312,7 +318,9 @@ def main() -> None:
             contestants[name] = build()
         except (ImportError, OSError) as error:
             absent.append(f"- {name}: not installed ({error})")
-    print_table(measure(contestants, images, arguments.image_size), compare(contestants, images, arguments.image_size))
+    size = arguments.image_size
+    differences = compare(contestants, images, size)
+    print_table(measure(contestants, images, size, arguments.minutes), differences)
     print("\n" + "\n".join(absent))
 
 
@@ -359,30 +367,43 @@ def photographs(count: int) -> Iterator[bytes]:
         yield encode(np.asarray(shapes) + rng.normal(0, 12, (375, 500, 3)))
 
 
-Rates = dict[str, list[tuple[float, float, float]]]
-"""Per repeat: CPU seconds an image takes, images/s of one thread, images/s of all threads."""
+class Sample(NamedTuple):
+    """One measurement that no other process disturbed."""
+
+    images_per_s: float
+    cpu_s_per_image: float
 
 
-def measure(contestants: dict[str, Crop], images: list[bytes], size: int) -> Rates:
-    """Interleave the contestants, so that a busy moment of the machine hits all of them."""
+Samples = dict[tuple[str, int], list[Sample]]
+"""By contestant and number of threads."""
+
+
+def measure(contestants: dict[str, Crop], images: list[bytes], size: int, minutes: float) -> Samples:
+    """Interleave the contestants; repeat what fell into a busy moment of the machine, while there is time."""
 
     def crop_all(crop: Crop) -> None:
         out = np.empty((size, size, 3), np.uint8)
         for seed, data in enumerate(images):
             crop(data, seed, out)
 
-    rates: Rates = {name: [] for name in contestants}
+    samples: Samples = {(name, threads): [] for name in contestants for threads in (1, THREADS)}
+    end = time.perf_counter() + 60 * minutes
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in range(REPEATS):
-            for name, crop in contestants.items():
-                cpu, start = time.process_time(), time.perf_counter()
-                crop_all(crop)
-                one, cpu = time.perf_counter() - start, time.process_time() - cpu
-                start = time.perf_counter()
-                list(pool.map(crop_all, [crop] * THREADS))
-                every = time.perf_counter() - start
-                rates[name].append((cpu / len(images), len(images) / one, THREADS * len(images) / every))
-    return rates
+        while time.perf_counter() < end and any(len(found) < REPEATS for found in samples.values()):
+            for (name, threads), found in samples.items():
+                if len(found) < REPEATS:
+                    others, cpu, start = busy_s(), time.process_time(), time.perf_counter()
+                    list(pool.map(crop_all, [contestants[name]] * threads))
+                    elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu
+                    if busy_s() - others - cpu < DISTURBED * elapsed + CLOCK_TICK_S:
+                        found.append(Sample(threads * len(images) / elapsed, cpu / (threads * len(images))))
+    return samples
+
+
+def busy_s() -> float:
+    """CPU seconds that this machine has spent on anything."""
+    spent = psutil.cpu_times()
+    return float(sum(spent) - spent.idle - getattr(spent, "iowait", 0))
 
 
 Difference = tuple[int, float, float, int, float]
@@ -423,23 +444,29 @@ def print_versions() -> None:
     print(f"{', '.join(versions)}, Python {platform.python_version()}, {platform.machine()}")
 
 
-def print_table(rates: Rates, differences: dict[str, Difference]) -> None:
-    """One row per contestant. Times are medians; ratios are of CPU time, which a busy machine disturbs least."""
+def print_table(samples: Samples, differences: dict[str, Difference]) -> None:
+    """One row per contestant, of medians."""
+
+    def median(name: str, threads: int, what: int) -> float:
+        return statistics.median([sample[what] for sample in samples[name, threads]] or [float("nan")])
+
     print(
         f"| what | CPU per image | speed-up | images/s, 1 thread | {THREADS} threads | gain | "
         "from reference: max | mean | PSNR | from cut-out: max | PSNR |"
     )
     print("|---" * 11 + "|")
-    base = statistics.median(cpu for cpu, _, _ in rates[REFERENCE])
-    for name, values in rates.items():
-        cpu, one, every = (statistics.median(column) for column in zip(*values, strict=True))
-        row = f"| {name} | {1e6 * cpu:.0f} us | {base / cpu:.2f} | {one:.0f} | {every:.0f} | {every / one:.2f} |"
+    for name in dict.fromkeys(name for name, _ in samples):
+        one, every, cpu = median(name, 1, 0), median(name, THREADS, 0), median(name, 1, 1)
+        row = f"| {name} | {1e6 * cpu:.0f} us | {median(REFERENCE, 1, 1) / cpu:.2f} | {one:.0f} | {every:.0f} |"
+        row += f" {every / one:.2f} |"
         if name in differences:
             most, mean, noise, most_cut, noise_cut = differences[name]
             row += f" {most} | {mean:.3f} | {noise:.1f} dB | {most_cut} | {noise_cut:.1f} dB |"
         else:
             row += " | | | | |"
         print(row)
+    fewest = min(map(len, samples.values()))
+    print(f"\nMedians of {fewest} to {REPEATS} measurements that no other process disturbed.")
 
 
 if __name__ == "__main__":

@@ -208,8 +208,4 @@ def _window_bytes(config: TrainConfig, world_size: int, lanes: int, train_set: M
     lanes_of_rank = min(lanes, config.global_batch_size // world_size)
     read_ahead = config.data.read_ahead_batches * config.micro_batch_size
     samples = min(lanes_of_rank * config.data.window + read_ahead, train_set.num_samples)
-    bytes_per_sample = sum(
-        part.slots / config.global_batch_size * part.manifest.num_bytes / part.manifest.num_samples
-        for part in train_set.parts
-    )
-    return int(samples * bytes_per_sample)
+    return int(samples * train_set.bytes_per_image)

@@ -77,9 +77,10 @@ def _answer(sending: Connection, function: Callable[..., Any], arguments: tuple[
         result = function(*arguments)
     except Exception as error:
         result = Failure(f"{type(error).__name__}: {error}")
+    # Before anyone hears of the result and ends this process, which would leave them behind.
+    _kill_children(os.getpid())
     sending.send(result)
     sending.close()
-    _kill_children(os.getpid())
     os._exit(0)
 
 

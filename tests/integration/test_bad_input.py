@@ -152,7 +152,7 @@ def test_more_classes_to_evaluate_on_than_the_head_has(digits: Path, run: Path, 
 def test_a_held_out_set_whose_labels_mean_something_else(
     digits: Path, run: Path, trained: Path, tmp_path: Path
 ) -> None:
-    other = make_shardset(tmp_path / "set", [20]).folder
+    other = make_shardset(tmp_path / "set", [20]).location
     for outcome in (train(digits, run, f"data.eval={other}"), vitscale("evaluate", trained, "--data", other)):
         assert_one_message(outcome, OTHER_ERROR, f"{other}: label 0 is 'class 0', but '0' in the training set", "write")
     assert not run.exists()

@@ -13,8 +13,15 @@ from tests.helpers.stopping import train_and_stop
 STOP_AT = 6
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (1, "bf16"),
+        (2, "fp32"),
+        (3, "bf16"),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((1, "fp32"), (2, "bf16"), (3, "fp32"))),
+    ],
+)
 def test_stop_and_resume_is_bit_identical(digits: Path, tmp_path: Path, stage: int, precision: str) -> None:
     # Two accumulation steps; step 6 lies within an epoch and between two periodic checkpoints.
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -108,9 +109,9 @@ class BatchLoader:
         Raises:
             DataError: a label is outside the head, no sample can take a bad one's place, or the storage is silent.
         """
-        readers = Readers(self._stream.read_window, self._data.storage.connections)
+        readers = Readers(self._data.storage.connections)
         decoders = ThreadPoolExecutor(self._data.workers, "decode")
-        windows = OpenWindows(readers.submit)
+        windows = OpenWindows(lambda window: readers.submit(partial(self._stream.read_window, window)))
         # A batch is asked for, its windows are read; later it is being decoded; later still it is taken.
         asked: deque[tuple[int, list[_Slot]]] = deque()
         decoding: deque[_PendingBatch] = deque()
@@ -118,16 +119,16 @@ class BatchLoader:
             for positions in position_lists:
                 asked.append((len(positions), self._ask(positions, windows)))
                 if len(asked) > self._data.read_ahead_batches:
-                    decoding.append(self._decode(*asked.popleft(), decoders))
+                    decoding.append(self._decode(*asked.popleft(), decoders, readers))
                 if len(decoding) > self._data.prefetch_batches:
                     yield decoding.popleft().finish()
             while asked or decoding:
                 if asked:
-                    decoding.append(self._decode(*asked.popleft(), decoders))
+                    decoding.append(self._decode(*asked.popleft(), decoders, readers))
                 if not asked or len(decoding) > self._data.prefetch_batches:
                     yield decoding.popleft().finish()
         finally:
-            # Reads end first, so that no decoder waits for them.
+            # Reads are cancelled first, so that no decoder waits for them.
             readers.stop()
             decoders.shutdown(cancel_futures=True)
 
@@ -139,26 +140,24 @@ class BatchLoader:
                 slots.append(_Slot(number, position, place, windows.samples_of(place.window)))
         return slots
 
-    def _decode(self, size: int, slots: list[_Slot], decoders: ThreadPoolExecutor) -> _PendingBatch:
+    def _decode(self, size: int, slots: list[_Slot], decoders: ThreadPoolExecutor, readers: Readers) -> _PendingBatch:
         batch = _PendingBatch(size, self._image_hw, self._pin_memory)
         share = -(-len(slots) // self._data.workers) or 1
-        batch.work = [
-            decoders.submit(self._fill, batch, slots[start : start + share]) for start in range(0, len(slots), share)
-        ]
+        for start in range(0, len(slots), share):
+            batch.work.append(decoders.submit(self._fill, batch, slots[start : start + share], readers))
         return batch
 
-    def _fill(self, batch: _PendingBatch, slots: list[_Slot]) -> StageSeconds:
+    def _fill(self, batch: _PendingBatch, slots: list[_Slot], readers: Readers) -> StageSeconds:
         clock = StageClock()
         for slot in slots:
-            samples = slot.samples.result()
-            clock.lap("read")
-            self._fill_slot(batch, slot, samples, clock)
+            self._fill_slot(batch, slot, readers, clock)
         return clock.seconds
 
-    def _fill_slot(self, batch: _PendingBatch, slot: _Slot, samples: Samples, clock: StageClock) -> None:
-        number, position, place, _ = slot
+    def _fill_slot(self, batch: _PendingBatch, slot: _Slot, readers: Readers, clock: StageClock) -> None:
+        number, position = slot.number, slot.position
         bad: list[Fault] = []
-        for candidate, sample in self._candidates(place, samples):
+        for candidate, sample in self._candidates(slot, readers):
+            clock.lap("read")
             if isinstance(sample, RawSample):
                 try:
                     labels = self._checked_labels(sample)
@@ -183,11 +182,15 @@ class BatchLoader:
             substitute = filled.key if filled else None
             batch.bad[number] = Quarantined(position, fault.key, fault.shard, fault.reason, substitute)
 
-    def _candidates(self, place: Place, samples: Samples) -> Iterator[tuple[Place, RawSample | Fault]]:
+    def _candidates(self, slot: _Slot, readers: Readers) -> Iterator[tuple[Place, RawSample | Fault]]:
+        place, samples = slot.place, slot.samples.result()
         yield place, samples[place.offset]
         for candidate in self._stream.order.substitutes(place):
             near = candidate.window == place.window
-            yield candidate, samples[candidate.offset] if near else self._stream.read_sample(candidate)
+            if near:
+                yield candidate, samples[candidate.offset]
+            else:
+                yield candidate, readers.submit(partial(self._stream.read_sample, candidate)).result()
 
     def _checked_labels(self, sample: RawSample) -> tuple[int, ...]:
         labels = sample.labels
@@ -207,7 +210,10 @@ class _PendingBatch:
 
     def __init__(self, size: int, image_hw: tuple[int, int], pin_memory: bool) -> None:
         self._pin_memory = pin_memory
-        self._images = torch.zeros((size, *image_hw, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        clock = StageClock()
+        self._images = torch.empty((size, *image_hw, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        clock.lap("hand_over")
+        self._preparation = clock.seconds
         self.pixels: NDArray[np.uint8] = self._images.numpy()
         self.samples: list[RawSample | None] = [None] * size
         self.labels: list[tuple[int, ...]] = [()] * size
@@ -219,6 +225,9 @@ class _PendingBatch:
         """Wait until all slots are filled."""
         stages = sum((part.result() for part in self.work), StageSeconds())
         clock = StageClock()
+        for number, sample in enumerate(self.samples):
+            if sample is None:
+                self.pixels[number] = 0
         widest = max(1, *map(len, self.labels))
         padded = [(*labels, *[NO_LABEL] * (widest - len(labels))) for labels in self.labels]
         batch = Batch(
@@ -231,7 +240,7 @@ class _PendingBatch:
             digest=sum(self.digests),
         )
         clock.lap("hand_over")
-        batch.stages = stages + clock.seconds
+        batch.stages = self._preparation + stages + clock.seconds
         return batch
 
 

@@ -169,7 +169,7 @@ def parse_manifest(text: str, location: str) -> Manifest:
 
 def _shard_info(path: str, entry: dict[str, Any]) -> ShardInfo:
     name = str(entry["url"])
-    if Path(name).name != name or not name.endswith(".tar"):
+    if Path(name).name != name or not name.endswith(".tar") or "\0" in name:
         raise DataError(f"{path}: shard url {name!r}; a plain file name ending in .tar beside the index is allowed")
     sha256 = entry.get("sha256")
     shard = ShardInfo(name, int(entry["nsamples"]), int(entry["filesize"]), None if sha256 is None else str(sha256))
@@ -222,7 +222,10 @@ def parse_idx_line(line: str, path: Path | str) -> tuple[Member, ...]:
     words = line.split(" ")
     try:
         groups = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
-        return tuple(Member(ext, int(offset), int(size), name) for ext, offset, size, name in groups)
+        members = tuple(Member(ext, int(offset), int(size), name) for ext, offset, size, name in groups)
+        if any(member.offset < 0 or member.size < 0 for member in members):
+            raise ValueError("negative numbers")
+        return members
     except ValueError as error:
         raise DataError(f"{path}: not a DALI member index ({line[:80]!r}); write the shard set again") from error
 
@@ -239,6 +242,8 @@ class MemberIndex(Sequence[tuple[Member, ...]]):
 
     def __init__(self, path: str, line_ends: array[int], read: Callable[[int, int], bytes]) -> None:
         self._path, self._line_ends, self._read_bytes = path, line_ends, read
+        self.held_bytes = 8 * len(line_ends)
+        """Memory that it takes."""
 
     def __len__(self) -> int:
         return len(self._line_ends) - 1
@@ -306,4 +311,8 @@ def parse_idx(content: bytes, path: str, read: Callable[[int, int], bytes] | Non
     right = f"{IDX_VERSION} {max(0, len(line_ends) - 1)}"
     if header != right:
         raise DataError(f"{path}: begins with {header[:80]!r} where {right!r} is right; write the shard set again")
-    return MemberIndex(path, line_ends, read or (lambda start, end: content[start:end]))
+    if read is not None:
+        return MemberIndex(path, line_ends, read)
+    index = MemberIndex(path, line_ends, lambda start, end: content[start:end])
+    index.held_bytes += len(content)
+    return index

@@ -67,6 +67,12 @@ class Mixture:
         return sum(len(manifest.shards) for manifest in self.manifests)
 
     @property
+    def bytes_per_image(self) -> float:
+        """Of the tars, as the mixture draws from them."""
+        of_batch = sum(part.slots * part.manifest.num_bytes / part.manifest.num_samples for part in self.parts)
+        return of_batch / sum(part.slots for part in self.parts)
+
+    @property
     def classes(self) -> tuple[str, ...] | None:
         """Names of the labels, by the set that names the most of them."""
         named = [manifest.classes for manifest in self.manifests if manifest.classes is not None]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -63,6 +63,11 @@ class WindowId(NamedTuple):
     number: int
     part: int = 0
 
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What the randomness of a window depends on, within its set."""
+        return self[:3]
+
 
 class Place(NamedTuple):
     """Where a position lies: the window, and the draw within it."""
@@ -103,6 +108,11 @@ class _Tape:
         ]
 
 
+def _build_tape(sizes: NDArray[np.int64], seed: int, epoch: int) -> _Tape:
+    shards = permutation(len(sizes), seed, epoch)
+    return _Tape(shards, np.cumsum(sizes[shards]))
+
+
 class SampleOrder:
     """The training order over a shard set.
 
@@ -121,11 +131,7 @@ class SampleOrder:
         self.seed, self.lanes, self.window_size = seed, lanes, window
         every = np.arange(lanes)
         self._lane_starts = every * (self.num_samples // lanes) + np.minimum(every, self.num_samples % lanes)
-        self._tape = lru_cache(maxsize=2)(self._build_tape)
-
-    def _build_tape(self, epoch: int) -> _Tape:
-        shards = permutation(len(self._sizes), self.seed, epoch)
-        return _Tape(shards, np.cumsum(self._sizes[shards]))
+        self._tape = lru_cache(maxsize=2)(partial(_build_tape, self._sizes, seed))
 
     def locate(self, position: int) -> Place:
         """The window and the draw of a global position."""
@@ -140,7 +146,7 @@ class SampleOrder:
     def window(self, window: WindowId) -> list[SampleRef]:
         """The samples of a window in the order of their draws."""
         start, end = self._bounds(window)
-        places = self._lane_starts[window.lane] + start + permutation(end - start, self.seed, *window[:3])
+        places = self._lane_starts[window.lane] + start + permutation(end - start, self.seed, *window.key)
         return self._tape(window.epoch).refs(places)
 
     def substitutes(self, place: Place) -> Iterator[Place]:
@@ -154,7 +160,7 @@ class SampleOrder:
         yield from (Place(window, (offset + k) % length) for k in range(1, length))
         start = window.epoch * self.num_samples
         for k in range(FAR_SUBSTITUTES):
-            yield self.locate(start + hash64(self.seed, *window[:3], offset, k) % self.num_samples)
+            yield self.locate(start + hash64(self.seed, *window.key, offset, k) % self.num_samples)
 
     def next_uses(self, position: int, mine: NDArray[np.bool_]) -> NDArray[np.float64]:
         """How soon each shard is needed again by some of the slots, for whoever must choose what to keep at hand.

@@ -1,4 +1,4 @@
-"""Threads that read windows ahead, and the windows that are open at a time."""
+"""Threads that read, and the windows that are open at a time."""
 
 from __future__ import annotations
 
@@ -6,36 +6,40 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Lock, Thread
+from typing import Any, TypeVar
 
 from vitscale.data.order import WindowId
 from vitscale.data.stream import Fault, RawSample
 
 Samples = list[RawSample | Fault]
+T = TypeVar("T")
 
 
 class Readers:
-    """A few threads that call a function on one window after another.
+    """A few threads that do one read after another.
 
-    Unlike those of ``concurrent.futures``, nobody waits for them: a run that is asked to stop must not wait until a
-    storage that does not answer is given up.
+    Unlike those of ``concurrent.futures``, nobody waits for them: whoever closes a loader must not wait until a storage
+    that does not answer is given up.
     """
 
-    def __init__(self, read: Callable[[WindowId], Samples], threads: int) -> None:
-        self._read = read
-        self._asked: SimpleQueue[tuple[WindowId, Future[Samples]] | None] = SimpleQueue()
-        self._open: set[Future[Samples]] = set()
+    def __init__(self, threads: int) -> None:
+        self._asked: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._open: set[Future[Any]] = set()
         self._lock = Lock()
         self._stopped = False
         self._threads = threads
         for number in range(threads):
             Thread(target=self._work, daemon=True, name=f"read-{number}").start()
 
-    def submit(self, window: WindowId) -> Future[Samples]:
-        """Ask for a window."""
-        future: Future[Samples] = Future()
+    def submit(self, read: Callable[[], T]) -> Future[T]:
+        """Ask for a read."""
+        future: Future[T] = Future()
         with self._lock:
+            if self._stopped:
+                future.cancel()
+                return future
             self._open.add(future)
-        self._asked.put((window, future))
+        self._asked.put((read, future))
         return future
 
     def stop(self) -> None:
@@ -48,29 +52,28 @@ class Readers:
             self._asked.put(None)
 
     def _work(self) -> None:
-        # A thread that waits must not hold on to the window that it read last.
+        # A thread that waits must not hold on to what it read last.
         while self._serve(self._asked.get()):
             pass
 
-    def _serve(self, asked: tuple[WindowId, Future[Samples]] | None) -> bool:
-        """Read a window that is asked for. Returns whether to go on."""
+    def _serve(self, asked: tuple[Callable[[], Any], Future[Any]] | None) -> bool:
+        """Do a read that is asked for. Returns whether to go on."""
         if asked is None:
             return False
-        window, future = asked
+        read, future = asked
         if self._stopped:
             return True
-        samples: Samples = []
-        error: Exception | None = None
+        result, error = None, None
         try:
-            samples = self._read(window)
-        except Exception as caught:  # handed to whoever waits for the window
+            result = read()
+        except Exception as caught:  # handed to whoever waits for the read
             error = caught
         with self._lock:
             self._open.discard(future)
             if future.cancelled():
                 return True
             if error is None:
-                future.set_result(samples)
+                future.set_result(result)
             else:
                 future.set_exception(error)
         return True

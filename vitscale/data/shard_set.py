@@ -14,7 +14,7 @@ from vitscale.data.manifest import INDEX_NAME, Manifest, check_same_classes, par
 from vitscale.data.mixing import Mixture
 from vitscale.data.storage.cache import CachedFiles
 from vitscale.data.storage.drivers import is_path
-from vitscale.data.storage.fetch import open_files
+from vitscale.data.storage.fetch import RemoteFiles, open_files
 from vitscale.data.storage.files import LocalFiles, ShardFiles
 from vitscale.data.storage.node_cache import NextUses, NodeCache
 from vitscale.errors import DataError
@@ -56,8 +56,8 @@ def open_source(
             return origin
         cache = _node_cache(storage.cache, int(storage.cache_gb * 1e9), storage.request_timeout_s)
         # A command gives a file from its start on, whatever is asked of it.
-        whole = (lambda name: iter((origin.read_all(name),))) if location.startswith("pipe:") else None
-        return CachedFiles(origin, manifest.shards, cache, next_uses, read_in_parts=whole)
+        in_parts = origin.parts if isinstance(origin, RemoteFiles) and location.startswith("pipe:") else None
+        return CachedFiles(origin, manifest.shards, cache, next_uses, read_in_parts=in_parts)
 
     tars = files(manifest.tars)
     return ShardSource(manifest, tars, tars if manifest.base_url is None else files(manifest.location))

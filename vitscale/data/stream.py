@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from threading import Lock
 
 from vitscale.data.decode import BadSampleError
 from vitscale.data.manifest import Member, MemberIndex, ShardInfo, parse_idx
@@ -20,8 +20,11 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif",
 # Where both are there, the first one counts.
 LABEL_EXTENSIONS = ("cls", "json")
 TAR_BLOCK = 512
-# Open member indexes: a rank walks one shard for each of its lanes at a time. Each takes 8 bytes per sample.
-OPEN_INDEXES = 2048
+# A window may take so many times the bytes of its members; foreign tars hold members that are not of the sample.
+MOST_SLACK = 16
+# Of open member indexes: a rank walks one shard for each of its lanes at a time. One takes 8 bytes per sample if it can
+# be read again from the disk, else some 90.
+OPEN_INDEX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class ShardStream:
             for info in source.manifest.shards
         ]
         self._first_ids = list(accumulate((shard.info.num_samples for shard in self._shards), initial=0))
-        self._open_index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
+        self._indexes = _OpenIndexes(OPEN_INDEX_BYTES)
 
     def read_window(self, window: WindowId) -> list[RawSample | Fault]:
         """Samples of a window in the order of their draws; unreadable ones as faults.
@@ -89,15 +92,18 @@ class ShardStream:
             # Without the member index, the keys are not known either.
             name = shard.info.name.removesuffix(".tar")
             return {r: Fault(f"{name}[{r.sample}]", first_id + r.sample, shard.label, str(error)) for r in refs}
-        start = min(m.offset for m in members[0]) - TAR_BLOCK
-        end = min(max(m.offset + m.size for m in members[-1]), shard.info.num_bytes)
         by_ref = {ref: members[ref.sample - refs[0].sample] for ref in refs}
+        start = min(m.offset for parts in members for m in parts) - TAR_BLOCK
+        end = min(max(m.offset + m.size for parts in members for m in parts), shard.info.num_bytes)
+        if not 0 <= start < end or end - start > MOST_SLACK * sum(m.size + 3 * TAR_BLOCK for p in members for m in p):
+            reason = "the member index does not fit the tar: neighbouring samples lie far apart"
+            return {r: Fault(_key(parts), first_id + r.sample, shard.label, reason) for r, parts in by_ref.items()}
         try:
             data = shard.source.tars.read(shard.info.name, start, end - start)
         except OSError as error:
             reason = f"cannot read the shard: {error.strerror or error}"
             return {r: Fault(_key(parts), first_id + r.sample, shard.label, reason) for r, parts in by_ref.items()}
-        return {r: _cut(shard.label, first_id + r.sample, parts, data, start) for r, parts in by_ref.items()}
+        return {r: _cut(shard, first_id + r.sample, parts, data, start) for r, parts in by_ref.items()}
 
     def _members(self, number: int, first: int, stop: int) -> list[tuple[Member, ...]]:
         """What the member index says of some samples of a tar.
@@ -106,7 +112,7 @@ class ShardStream:
             BadSampleError: it cannot be used.
         """
         try:
-            return self._open_index(number)[first:stop]
+            return self._indexes.of(self._shards[number])[first:stop]
         except StorageSilentError:
             raise
         except OSError as error:
@@ -115,18 +121,9 @@ class ShardStream:
         except DataError as error:
             raise BadSampleError(f"cannot use the member index: {error}") from error
 
-    def _read_index(self, number: int) -> MemberIndex:
-        source, info, _ = self._shards[number]
-        path = f"{source.indexes.location}/{info.idx_name}"
-        files = source.indexes
-        again = (lambda start, end: files.read(info.idx_name, start, end - start)) if files.reads_cheaply else None
-        index = parse_idx(files.read_all(info.idx_name), path, again)
-        if len(index) != info.num_samples:
-            raise DataError(f"{path} lists {len(index)} samples where index.json says {info.num_samples}")
-        return index
 
-
-class _Shard(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class _Shard:
     """A tar, the set that it belongs to, and what it is called in records."""
 
     source: ShardSource
@@ -134,7 +131,54 @@ class _Shard(NamedTuple):
     label: str
 
 
-def _cut(shard: str, sample_id: int, members: tuple[Member, ...], data: bytes, start: int) -> RawSample | Fault:
+class _OpenIndexes:
+    """The member indexes that were used last, as many as a number of bytes holds. Safe to use from several threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._lock = Lock()
+        # In the order of their last use.
+        self._open: dict[_Shard, Future[MemberIndex]] = {}
+
+    def of(self, shard: _Shard) -> MemberIndex:
+        """The member index of a shard; threads that want the same one wait for the first of them."""
+        with self._lock:
+            future = self._open.pop(shard, None)
+            mine = future is None
+            if future is None:
+                future = Future()
+            self._open[shard] = future
+        if not mine:
+            return future.result()
+        try:
+            index = _read_index(shard)
+        except Exception as error:
+            with self._lock:
+                self._open.pop(shard, None)
+            future.set_exception(error)
+            raise
+        future.set_result(index)
+        with self._lock:
+            self._bytes += index.held_bytes
+            for other, opened in list(self._open.items()):
+                if self._bytes <= self._max_bytes:
+                    break
+                if other is not shard and opened.done():
+                    self._bytes -= self._open.pop(other).result().held_bytes
+        return index
+
+
+def _read_index(shard: _Shard) -> MemberIndex:
+    files, info = shard.source.indexes, shard.info
+    path = f"{files.location}/{info.idx_name}"
+    again = (lambda start, end: files.read(info.idx_name, start, end - start)) if files.reads_cheaply else None
+    index = parse_idx(files.read_all(info.idx_name), path, again)
+    if len(index) != info.num_samples:
+        raise DataError(f"{path} lists {len(index)} samples where index.json says {info.num_samples}")
+    return index
+
+
+def _cut(shard: _Shard, sample_id: int, members: tuple[Member, ...], data: bytes, start: int) -> RawSample | Fault:
     """A sample out of the bytes of a tar from ``start`` on."""
     key = _key(members)
     try:
@@ -142,9 +186,12 @@ def _cut(shard: str, sample_id: int, members: tuple[Member, ...], data: bytes, s
         image = next((parts[ext] for ext in parts if ext in IMAGE_EXTENSIONS), None)
         if image is None:
             raise BadSampleError(f"no image among the members ({', '.join(parts)})")
-        return RawSample(key, sample_id, shard, image, labels_of(parts))
+        labels, classes = labels_of(parts), shard.source.manifest.classes
+        if classes is not None and any(label >= len(classes) for label in labels):
+            raise BadSampleError(f"label {max(labels)}, where the set has {len(classes)} classes")
+        return RawSample(key, sample_id, shard.label, image, labels)
     except BadSampleError as error:
-        return Fault(key, sample_id, shard, str(error))
+        return Fault(key, sample_id, shard.label, str(error))
 
 
 def _key(members: tuple[Member, ...]) -> str:

@@ -110,7 +110,7 @@ def resize(pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     """Resize [h, w, 3] into ``out`` [H, W, 3], bilinear, antialiased where it shrinks.
 
     The operator of torch is the one behind ``interpolate(mode="bilinear", antialias=True)``, called so that it writes
-    in place. It has the filter of Pillow and fewer bits for its weights: some pixels differ by 1.
+    in place. It has the filter of Pillow and fewer bits for its weights: some pixels differ by 1, few by 2.
     """
     # Made contiguous by numpy, as torch would start threads of its own for that. The rest are views of numpy, since
     # each operator of torch gives up the interpreter's lock and has to get it back.

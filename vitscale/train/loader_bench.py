@@ -125,7 +125,7 @@ def bench_loader(config: TrainConfig, *, world_size: int, seconds: float, say: C
         seconds=elapsed_s,
         first_batch_s=first_batch_s,
         cpu_s=cpu_s,
-        bytes_per_image=sum(manifest.num_bytes for manifest in train_set.manifests) / train_set.num_samples,
+        bytes_per_image=train_set.bytes_per_image,
         stages=stages,
         threads=config.data.workers,
         quarantined=quarantined,

@@ -14,9 +14,12 @@ import errno
 import logging
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from queue import Full, Queue
+from threading import Event, Thread
 
 from vitscale.config.schema import StorageConfig
 from vitscale.data.manifest import INDEX_NAME
@@ -29,7 +32,7 @@ from vitscale.data.storage.drivers import (
     s3_options,
     without_secrets,
 )
-from vitscale.data.storage.files import PROBE_S, LocalFiles, ShardFiles, StorageSilentError
+from vitscale.data.storage.files import PROBE_S, GivenUp, LocalFiles, ShardFiles, StorageSilentError
 from vitscale.data.storage.pipe import Pipe
 from vitscale.data.storage.ranges import HttpClient, HttpError, basic_authorization, host_of, quote_name, split_url
 from vitscale.data.storage.transfer import Patience, Transfer, record_request
@@ -46,11 +49,10 @@ Address = Callable[[str], tuple[str, dict[str, str]]]
 SIGN_AGAIN_S = 60.0
 SIGNED_S = 3600
 SIGNED_URLS = 4096
-# So long, a file that was given up gets no more than a short look.
-GIVEN_UP_S = 600.0
-SHORT_LOOK_S = 10.0
 # A read that has not succeeded by then is told of.
 TELL_AFTER_S = 15.0
+# Of a file that is read in parts, pieces that wait to be taken.
+PARTS_AHEAD = 64
 # Errors after which another attempt is of no use.
 _FINAL = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EINVAL}
 
@@ -107,7 +109,7 @@ class RemoteFiles:
         # Another file than the index may be the only one that is known to be there.
         self._readable = INDEX_NAME
         self._knows_ranges = True
-        self._given_up: dict[str, float] = {}
+        self._given_up = GivenUp()
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """``length`` bytes of a file from byte ``start``; fewer only at its end.
@@ -124,6 +126,35 @@ class RemoteFiles:
         """All bytes of a file; raises like :meth:`read`."""
         return self._complete(name, Transfer(0, None)).data()
 
+    def parts(self, name: str) -> Iterator[bytes]:
+        """All bytes of a file as they come, a few at a time; raises like :meth:`read`."""
+        arrived: Queue[bytes | Exception | None] = Queue(PARTS_AHEAD)
+        left = Event()
+
+        def hand_on(part: bytes | Exception | None) -> None:
+            while not left.is_set():
+                with suppress(Full):
+                    return arrived.put(part, timeout=0.1)
+            raise _LeftError
+
+        def run() -> None:
+            with suppress(_LeftError):
+                try:
+                    self._complete(name, Transfer(0, None, sink=hand_on))
+                except (OSError, DataError) as error:
+                    hand_on(error)
+                else:
+                    hand_on(None)
+
+        Thread(target=run, daemon=True, name="parts").start()
+        try:
+            while (part := arrived.get()) is not None:
+                if isinstance(part, Exception):
+                    raise part
+                yield part
+        finally:
+            left.set()
+
     def size(self, name: str) -> int | None:
         """Bytes of a file, or ``None`` if it is not there; raises like :meth:`read`.
 
@@ -139,7 +170,7 @@ class RemoteFiles:
         return size
 
     def _complete(self, name: str, transfer: Transfer) -> Transfer:
-        patience, told = Patience(self._storage, total_s=self._short_of_time(name)), False
+        patience, told = Patience(self._storage, total_s=self._given_up.limit_s(name)), False
         last: OSError | None = None
         while not transfer.complete:
             position, retry = transfer.position, patience.attempts > 0
@@ -173,13 +204,8 @@ class RemoteFiles:
             )
         if patience.attempts:
             self._readable = name
-            self._given_up.pop(name, None)
+            self._given_up.forgive(name)
         return transfer
-
-    def _short_of_time(self, name: str) -> float | None:
-        """A file that was given up has many more windows: they must not keep the run waiting one after another."""
-        given_up = self._given_up.get(name)
-        return SHORT_LOOK_S if given_up is not None and time.monotonic() < given_up + GIVEN_UP_S else None
 
     def _attempt(self, name: str, transfer: Transfer, deadline: float, *, retry: bool) -> OSError | None:
         """One request, counted. Returns what went wrong."""
@@ -211,7 +237,7 @@ class RemoteFiles:
         reason = self._reason(error)
         if _may_pass(error):
             reason = f"given up after {waited_s:.0f} s: {reason}"
-            self._given_up[name] = time.monotonic()
+            self._given_up.note(name)
         number = errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno or errno.EIO
         fault = OSError(number, reason, f"{self.location}/{name}")
         fault.__cause__ = error
@@ -248,6 +274,10 @@ class RemoteFiles:
         if isinstance(error, TimeoutError):
             return f"no whole answer in {self._storage.request_timeout_s:g} s"
         return error.strerror or str(error) or type(error).__name__
+
+
+class _LeftError(Exception):
+    """Nobody waits for more parts."""
 
 
 def _may_pass(error: OSError) -> bool:

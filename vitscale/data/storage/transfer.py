@@ -6,6 +6,7 @@ import copy
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vitscale.config.schema import StorageConfig
@@ -25,9 +26,12 @@ class Transfer:
         start: first byte.
         length: number of bytes; None for all up to the end of the file.
         keep: whether the bytes are wanted, or only their number.
+        sink: takes the bytes as they come, which are not held then.
     """
 
-    def __init__(self, start: int, length: int | None, *, keep: bool = True) -> None:
+    def __init__(
+        self, start: int, length: int | None, *, keep: bool = True, sink: Callable[[bytes], None] | None = None
+    ) -> None:
         self.start, self.length = start, length
         self.position = start
         """The first byte that is still missing."""
@@ -37,7 +41,7 @@ class Transfer:
         """Bytes of the whole file, if that became known."""
         self.passed_over = 0
         """Bytes before the range that had to be fetched too."""
-        self._keep = keep
+        self._keep, self._sink = keep, sink
         self._pieces: list[bytes] = []
 
     @property
@@ -53,7 +57,9 @@ class Transfer:
     def add(self, piece: bytes) -> None:
         """Take the next bytes."""
         self.position += len(piece)
-        if self._keep and piece:
+        if self._sink is not None:
+            self._sink(piece)
+        elif self._keep and piece:
             self._pieces.append(piece)
 
     def data(self) -> bytes:

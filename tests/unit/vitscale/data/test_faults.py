@@ -31,6 +31,7 @@ Spoil = Callable[[BadServer, Manifest], None]
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     monkeypatch.setattr(transfer, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(transfer, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr("vitscale.data.storage.files.SHORT_LOOK_S", 0.05)
     return make_shardset(tmp_path / "train", SIZES)
 
 

@@ -480,7 +480,7 @@ def test_images_and_labels_are_pinned_and_nothing_else(
 
         return wrapper
 
-    monkeypatch.setattr(torch, "zeros", recorded(torch.zeros))
+    monkeypatch.setattr(torch, "empty", recorded(torch.empty))
     monkeypatch.setattr(torch, "tensor", recorded(torch.tensor))
     batches = list(Run(intact, pin_memory=pin_memory).micro_batches(0, steps=3))
     expected = {tensor.data_ptr() for batch in batches for tensor in (batch.images, batch.labels)}

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,7 @@ from tests.helpers.shardset import (
     place_of,
     read_tars,
 )
+from vitscale.data import stream as stream_module
 from vitscale.data.manifest import Manifest, format_idx, read_idx
 from vitscale.data.order import SampleOrder, SequentialOrder, WindowId
 from vitscale.data.shard_set import open_source
@@ -267,6 +272,58 @@ def test_an_index_of_another_length(shardset: Manifest) -> None:
     path.write_text(format_idx([list(members) for members in read_idx(path)[:19]]))
     reason = f"cannot use the member index: {path} lists 19 samples where index.json says 20"
     assert reasons(in_order(shardset)) == dict.fromkeys(samples_of(shardset, 2), reason)
+
+
+def test_a_label_beyond_the_classes_of_the_set(shardset: Manifest) -> None:
+    """A flipped digit must not stop a run whose head is large enough."""
+    few = replace(shardset, classes=shardset.classes[:7])  # type: ignore[index]
+    found = reasons(in_order(few))
+    assert set(found) == {n for n in range(sum(SIZES)) if n % 10 >= 7}
+    assert found[8] == "label 8, where the set has 7 classes"
+
+
+@pytest.mark.parametrize("damage", ["swapped", "below", "far"])
+def test_a_member_index_that_leads_astray(shardset: Manifest, damage: str) -> None:
+    path = folder_of(shardset) / shardset.shards[2].idx_name
+    samples = [list(members) for members in read_idx(path)]
+    if damage == "swapped":
+        samples[0], samples[7] = samples[7], samples[0]
+    else:
+        samples[3] = [replace(member, offset=10 if damage == "below" else 10**12) for member in samples[3]]
+    path.write_text(format_idx(samples))
+    found = reasons(in_order(shardset))
+    assert set(found) <= set(samples_of(shardset, 2))
+    assert (samples_of(shardset, 2)[3] in found) == (damage != "swapped")
+
+
+def test_threads_that_want_one_member_index_read_it_once(shardset: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, order = Counter[str](), SequentialOrder([shard.num_samples for shard in shardset.shards], window=1)
+    source = open_source(shardset)
+    files = source.indexes
+
+    class Counting:
+        location, reads_cheaply = files.location, False
+        read = staticmethod(files.read)
+        size = staticmethod(files.size)
+
+        @staticmethod
+        def read_all(name: str) -> bytes:
+            read[name] += 1
+            time.sleep(0.02)
+            return files.read_all(name)
+
+    for most in (1 << 20, 1):
+        monkeypatch.setattr(stream_module, "OPEN_INDEX_BYTES", most)
+        read.clear()
+        stream = ShardStream([replace(source, indexes=Counting())], order)
+        with ThreadPoolExecutor(8) as pool:
+            samples = list(pool.map(lambda n, of=stream: of.read_window(WindowId(0, 0, n))[0], range(sum(SIZES))))
+        assert all(isinstance(sample, RawSample) for sample in samples)
+        assert set(read) == {shard.idx_name for shard in shardset.shards}
+        assert most == 1 or set(read.values()) == {1}
+    finished = weakref.ref(stream)
+    del stream, pool
+    assert finished() is None  # at once, not with the next collection
 
 
 def test_a_missing_member_index(shardset: Manifest) -> None:

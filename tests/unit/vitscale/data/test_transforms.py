@@ -211,7 +211,7 @@ def test_resizing_is_that_of_pillow(width: int, height: int, columns: int, rows:
     expected = np.asarray(image.resize((columns, rows), Image.Resampling.BILINEAR))
     out = np.zeros((rows, columns, 3), dtype=np.uint8)
     resize(np.array(image), out)
-    assert np.abs(out.astype(int) - expected).max() <= 1
+    assert np.abs(out.astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("size", [5, 40])

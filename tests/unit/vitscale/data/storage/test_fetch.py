@@ -327,7 +327,7 @@ def test_a_file_that_never_comes_is_given_up_in_time(server: BadServer, answer: 
 
 def test_a_file_that_was_given_up_gets_a_short_look_only(server: BadServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its other windows must not wait as long again, one after another."""
-    monkeypatch.setattr(fetch, "SHORT_LOOK_S", 0.1)
+    monkeypatch.setattr("vitscale.data.storage.files.SHORT_LOOK_S", 0.1)
     files = open_files(server.url, QUICK)
     failing = bad_http.status(500)
     server.rule = lambda _: failing if server.requests[-1].name == "a.tar" else bad_http.ranged
