@@ -30,6 +30,13 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/ and 'vitscale config'.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changed values: optim.lr=3e-4 data.workers=8 ...")]
 Nproc = Annotated[int | None, typer.Option(help="Start this many ranks on this machine. Under torchrun or srun, omit.")]
+ReadingOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Changes of how data is read: data.storage.cache=null data.storage.allow_pipe=true data.workers=8 ..., "
+        "also data.prefetch_batches and data.read_ahead_batches; default: as the run."
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run that has a checkpoint.")]
 Step = Annotated[int | None, typer.Option(help="Checkpoint to take; the newest by default.")]
 
@@ -76,6 +83,7 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) 
 @app.command()
 def evaluate(
     run: RunFolder,
+    overrides: ReadingOverrides = None,
     data: Annotated[str | None, typer.Option(help="Shard set, folder or URL; default: the run's data.eval.")] = None,
     step: Step = None,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass on one rank.", min=1)] = 64,
@@ -86,7 +94,9 @@ def evaluate(
     def work(topology: Topology) -> None:
         from vitscale.evaluation.commands import evaluate_run
 
-        _echo_json(evaluate_run(run, data, step=step, batch_size=batch_size, topology=topology))
+        _echo_json(
+            evaluate_run(run, data, overrides=overrides or [], step=step, batch_size=batch_size, topology=topology)
+        )
 
     _on_ranks(nproc, work)
 
@@ -96,6 +106,7 @@ def fewshot(
     run: RunFolder,
     train_data: Annotated[str, typer.Option("--train", help="Shard set that the shots are drawn from.")],
     test_data: Annotated[str, typer.Option("--test", help="Shard set that is classified.")],
+    overrides: ReadingOverrides = None,
     shots: Annotated[str, typer.Option(help="Images per class, several with commas.")] = "1,5,10,25",
     seeds: Annotated[int, typer.Option(help="Draws to average over.", min=1)] = 3,
     ridge: Annotated[float, typer.Option(help="Strength of the ridge penalty.", min=0)] = 1024.0,
@@ -113,6 +124,7 @@ def fewshot(
                 run,
                 train_data,
                 test_data,
+                overrides=overrides or [],
                 shots=parse_shots(shots),
                 seeds=seeds,
                 ridge=ridge,

@@ -278,6 +278,18 @@ def test_evaluate_what_the_run_does_not_have(trained: Path, digits: Path, tmp_pa
     assert_one_message(outcome, OTHER_ERROR, f"did you mean {digits / 'train'}?")
 
 
+def test_evaluation_takes_overrides_of_how_data_is_read_and_no_others(trained: Path, digits: Path) -> None:
+    pipe = f"pipe:cat {digits / 'val'}/{{name}}"
+    few = ("fewshot", trained, "--train", digits / "train", "--test", pipe, "--shots", "1", "--seeds", "1")
+    for arguments in (("evaluate", trained, "--data", pipe), few):
+        assert_one_message(vitscale(*arguments), OTHER_ERROR, "data.storage.allow_pipe=true")
+        outcome = vitscale(*arguments, "data.storage.allow_pipe=true", "data.workers=1")
+        assert (outcome.code, json.loads(outcome.out)["step"]) == (0, 2), outcome.errors
+        outcome = vitscale(*arguments, "data.storage.allow_pipe=true", "model.depth=3")
+        assert_one_message(outcome, CONFIG_ERROR, "model.depth: is what the run was trained with", "data.storage.*")
+    assert_one_message(vitscale("evaluate", trained, "data.workers=0"), CONFIG_ERROR, "data.workers", "greater than 0")
+
+
 def test_fewshot_with_what_it_cannot_use(trained: Path, digits: Path, tmp_path: Path) -> None:
     sets = ("--train", digits / "train", "--test", digits / "val")
     for junk in ("x", "0", "1,,5", "-1", "1.5"):

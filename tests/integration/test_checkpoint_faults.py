@@ -76,15 +76,15 @@ def test_without_a_complete_checkpoint_the_run_starts_again_and_says_so(digits: 
     assert_as_undisturbed(run, whole)
 
 
-def test_another_shard_set_is_refused(digits: Path, run: Path) -> None:
-    before = sorted(run.rglob("*"))
+def test_another_shard_set_is_refused_and_the_run_folder_left_as_it_was(digits: Path, run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     errors = finish(start_training(overrides(digits, run, EVERY, f"data.train={digits / 'val'}")), expect=1)
     assert errors.count("vitscale: ") == 1, errors
-    said = f"vitscale: error: {run / 'checkpoints' / 'step-000000009'}: was trained on another content of the training"
+    said = f"vitscale: error: {run / 'checkpoints' / 'step-000000009'}: was trained on other data: another content of"
     assert said in errors
-    assert "bring back the shard set, or start another run folder" in errors
+    assert "bring back the shards and the shares, or start another run folder" in errors
     assert "Traceback" not in errors
-    assert sorted(run.rglob("*")) == before
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_another_model_is_refused_with_the_difference(digits: Path, run: Path) -> None:

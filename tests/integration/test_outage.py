@@ -25,7 +25,7 @@ def test_an_outage_stops_all_ranks_with_one_error_and_the_run_goes_on(digits: Pa
         errors = finish(process, expect=1)
         assert errors.count("vitscale: error:") == 1
         assert "no file could be read for" in errors
-        assert "the same command continues the run" in errors
+        assert "then give the same command again" in errors
         assert "Traceback" not in errors
         server.rule = lambda _: bad_http.ranged
         finish(start_training(arguments))

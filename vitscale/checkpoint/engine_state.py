@@ -82,6 +82,7 @@ def _check_fits(checkpoint: Checkpoint, shapes: dict[str, list[int]], data_diges
         )
     if checkpoint.content["data_digest"] != data_digest:
         raise CheckpointError(
-            f"{checkpoint.path}: was trained on another content of the training shards; the order of samples would "
-            f"change in the middle of the run: bring back the shard set, or start another run folder"
+            f"{checkpoint.path}: was trained on other data: another content of the shards, or other shares of a "
+            f"mixture (data.train); the order of samples would change in the middle of the run: bring back the shards "
+            f"and the shares, or start another run folder"
         )

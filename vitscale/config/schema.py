@@ -39,6 +39,10 @@ class StorageConfig:
     allow_pipe: bool = False
     """Allow shard sets that are read by a shell command of yours: "pipe:ssh store cat /shards/{name}"."""
 
+    def __post_init__(self) -> None:
+        if self.cache is not None and ":/" in str(self.cache):
+            raise ValueError(f"cache ({self.cache}) is a URL; it must be a folder on the node's own disk")
+
 
 @section
 class DataConfig:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vitscale.data.manifest import Manifest, check_same_classes
 from vitscale.data.order import Place, SampleOrder, SampleRef, WindowId, hash64
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, DataError
 
 # Salt that keeps the permutations of the sets of a mixture apart.
 MIXTURE = 0x313
@@ -40,16 +40,19 @@ class Mixture:
 
     @classmethod
     def create(cls, manifests: Sequence[Manifest], weights: Sequence[float], *, global_batch_size: int) -> Mixture:
-        """Give each set the slots that its weight comes to.
+        """Give each set the slots that its weight comes to. Only contents count, not places or the order of naming.
 
         Raises:
             ConfigError: a weight comes to no slot.
-            DataError: a label means one thing in a set and another in the next.
+            DataError: two are the same set, or a label means one thing in a set and another in the next.
         """
-        for earlier, manifest in itertools.combinations(manifests, 2):
+        pairs = sorted(zip(manifests, weights, strict=True), key=lambda pair: pair[0].digest)
+        for (earlier, _), (manifest, _) in itertools.combinations(pairs, 2):
+            if manifest.digest == earlier.digest:
+                raise DataError(f"{manifest.shown}: holds the same shards as {earlier.shown}; name each set once")
             check_same_classes(manifest, earlier.classes, of=earlier.shown)
-        slots = apportion(weights, global_batch_size)
-        return cls(tuple(Part(manifest, count) for manifest, count in zip(manifests, slots, strict=True)))
+        slots = apportion([weight for _, weight in pairs], global_batch_size)
+        return cls(tuple(Part(manifest, count) for (manifest, _), count in zip(pairs, slots, strict=True)))
 
     @property
     def manifests(self) -> list[Manifest]:

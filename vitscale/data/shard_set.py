@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from vitscale.data.storage.cache import CachedFiles
 from vitscale.data.storage.drivers import is_path
 from vitscale.data.storage.fetch import RemoteFiles, open_files
 from vitscale.data.storage.files import LocalFiles, ShardFiles
-from vitscale.data.storage.node_cache import NextUses, NodeCache
+from vitscale.data.storage.node_cache import CacheCounters, NextUses, NodeCache
 from vitscale.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 # Tars of a remote set that are looked at before a run: a request each, where a listing may take minutes or not exist.
 REMOTE_CHECKS = 64
 CHECKS_AT_A_TIME = 16
+OPENING_S = 30.0
 DEFAULT_STORAGE = StorageConfig()
+
+# Of this process. Whoever counts what was read does not open a cache for it.
+_opened_caches: list[NodeCache] = []
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ def open_source(
 
     def files(location: str) -> ShardFiles:
         origin = open_files(location, storage)
+        if storage.cache is None and location.startswith("pipe:"):
+            logger.warning("%s: runs the command anew for each window; set data.storage.cache", origin.location)
         if storage.cache is None or isinstance(origin, LocalFiles):
             return origin
         cache = _node_cache(storage.cache, int(storage.cache_gb * 1e9), storage.request_timeout_s)
@@ -66,7 +72,14 @@ def open_source(
 @lru_cache
 def _node_cache(folder: Path, max_bytes: int, patience_s: float) -> NodeCache:
     """One for all sets of a process."""
-    return NodeCache(folder, max_bytes, patience_s=patience_s, warn=logger.warning)
+    cache = NodeCache(folder, max_bytes, patience_s=patience_s, warn=logger.warning)
+    _opened_caches.append(cache)
+    return cache
+
+
+def cache_counters() -> CacheCounters | None:
+    """What the reads of this process through its caches have come to so far; None if it has opened none."""
+    return sum((cache.counters() for cache in _opened_caches), CacheCounters()) if _opened_caches else None
 
 
 def open_shard_set(location: str, storage: StorageConfig = DEFAULT_STORAGE) -> Manifest:
@@ -75,9 +88,14 @@ def open_shard_set(location: str, storage: StorageConfig = DEFAULT_STORAGE) -> M
     Raises:
         DataError: there is no such set, its index is damaged, or its files are missing or of another size.
     """
-    manifest = read_manifest(Path(location)) if is_path(location) else _read_remote(location.rstrip("/"), storage)
+    manifest = read_manifest(Path(location)) if is_path(location) else _read_remote(location, storage)
     check_files(manifest, storage)
     return manifest
+
+
+def _in_short(storage: StorageConfig) -> StorageConfig:
+    """Before a run, nobody waits for minutes until a mistyped address is given up."""
+    return replace(storage, total_timeout_s=min(storage.total_timeout_s, OPENING_S))
 
 
 def open_training_data(data: DataConfig, *, global_batch_size: int) -> Mixture:
@@ -134,7 +152,7 @@ def check_files(manifest: Manifest, storage: StorageConfig = DEFAULT_STORAGE) ->
     Raises:
         DataError: names the first files that are missing or of another size, and how many there are.
     """
-    tars, indexes = (open_files(location, storage) for location in (manifest.tars, manifest.location))
+    tars, indexes = (open_files(location, _in_short(storage)) for location in (manifest.tars, manifest.location))
     shards = manifest.shards
     if manifest.tars.startswith("pipe:"):
         return  # a command tells no sizes; it would have to transfer everything
@@ -167,8 +185,10 @@ def check_files(manifest: Manifest, storage: StorageConfig = DEFAULT_STORAGE) ->
 
 
 def _read_remote(location: str, storage: StorageConfig) -> Manifest:
-    files = open_files(location, storage)
+    files = open_files(location, _in_short(storage))
     shown = files.location
+    if shown.endswith(f"/{INDEX_NAME}"):
+        raise DataError(f"{shown}: name the folder that holds the index, not the index")
     try:
         text = files.read_all(INDEX_NAME).decode()
     except FileNotFoundError as error:

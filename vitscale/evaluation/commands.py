@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,10 +25,18 @@ from vitscale.topology import Topology
 
 # The run's own value is known only once its folder was read, which the connected ranks do together.
 TIMEOUT_S = EngineConfig().timeout_s
+# What an evaluation may read differently from the run: how the bytes arrive, not what the model sees.
+READING_KEYS = ("data.storage", "data.workers", "data.prefetch_batches", "data.read_ahead_batches")
 
 
 def evaluate_run(
-    run: Path, data: str | None, *, step: int | None, batch_size: int, topology: Topology
+    run: Path,
+    data: str | None,
+    *,
+    overrides: Sequence[str],
+    step: int | None,
+    batch_size: int,
+    topology: Topology,
 ) -> dict[str, object] | None:
     """Accuracy of a checkpoint. Returns the result on rank 0, ``None`` elsewhere.
 
@@ -36,7 +44,7 @@ def evaluate_run(
         VitscaleError: the run, its checkpoint or the shard set cannot be used.
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
-        config = ranks.on_main(lambda: read_run_config(run))
+        config = ranks.on_main(lambda: read_run_config(run, overrides))
         checkpoint = ranks.on_main(lambda: open_checkpoint(run / "checkpoints", step))
         manifest = ranks.on_main(lambda: _evaluation_set(config, data, checkpoint))
         model = load_model(config, checkpoint, ranks)
@@ -62,6 +70,7 @@ def fewshot_run(
     train_data: str,
     test_data: str,
     *,
+    overrides: Sequence[str],
     shots: list[int],
     seeds: int,
     ridge: float,
@@ -75,7 +84,7 @@ def fewshot_run(
         VitscaleError: the run, its checkpoint or a shard set cannot be used, or a class has too few images.
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
-        config = ranks.on_main(lambda: read_run_config(run))
+        config = ranks.on_main(lambda: read_run_config(run, overrides))
         checkpoint = ranks.on_main(lambda: open_checkpoint(run / "checkpoints", step))
         train_set = ranks.on_main(lambda: open_evaluation_set(train_data, config.data.storage))
         test_set = ranks.on_main(
@@ -126,16 +135,24 @@ def parse_shots(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def read_run_config(run: Path) -> TrainConfig:
-    """The configuration that a run was trained with.
+def read_run_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration that a run was trained with. ``overrides`` change how its data is read.
 
     Raises:
         CheckpointError: the folder is not a run.
+        ConfigError: an override is of another key than :data:`READING_KEYS` and those below, or its value is wrong.
     """
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if equals and not any(key == allowed or key.startswith(allowed + ".") for allowed in READING_KEYS):
+            raise ConfigError(
+                f"{key}: is what the run was trained with and cannot be changed here; allowed are data.storage.* and "
+                f"{', '.join(READING_KEYS[1:-1])} and {READING_KEYS[-1]}; leave it out"
+            )
     path = run / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: not a run folder (no config.yaml); give the folder that 'vitscale train' filled")
-    return load_config(path)
+    return load_config(path, overrides)
 
 
 def load_model(config: TrainConfig, checkpoint: Checkpoint, ranks: Ranks) -> VisionTransformer:

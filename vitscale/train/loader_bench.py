@@ -6,13 +6,16 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from vitscale.config.duration import Duration
 from vitscale.config.schema import TrainConfig
-from vitscale.data.shard_set import open_training_data
+from vitscale.data.shard_set import cache_counters, open_training_data
 from vitscale.data.stages import Stage, StageSeconds
+from vitscale.data.storage.node_cache import CacheCounters
+from vitscale.data.storage.transfer import HostCounters, host_counters
 from vitscale.plan import RunPlan
 from vitscale.train.batches import train_batches
 
@@ -42,7 +45,16 @@ class LoaderReport:
     bytes_per_image: float
     stages: StageSeconds
     threads: int
-    quarantined: int
+    loading_s: float = 0.0
+    """From the first request for data to the end."""
+    quarantined: int = 0
+    """Bad samples in ``loading_s``."""
+    over_budget: bool = False
+    """Whether they are more than a whole run with as many images would tolerate."""
+    hosts: dict[str, HostCounters] = field(default_factory=dict)
+    """What was asked of each host in ``loading_s``; empty where nothing is read remotely."""
+    cache: CacheCounters | None = None
+    """What the cache did in ``loading_s``, if there is one."""
 
     @property
     def images_per_s(self) -> float:
@@ -60,24 +72,57 @@ class LoaderReport:
 
     def describe(self, rates: Sequence[float]) -> list[str]:
         """Lines for a person. ``rates`` are images/s that one GPU takes."""
-        shares = self.stages.shares(threads=self.threads, seconds=self.seconds)
-        spent = ", ".join(f"{STAGE_NAMES[stage]} {share:.0%}" for stage, share in shares.items())
         return [
             f"first batch  after {self.first_batch_s:.2f} s",
             f"rate         {self.images_per_s:,.0f} images/s, {self._mb_per_s(self.images_per_s):,.1f} MB/s with "
             f"data.workers={self.threads} ({self.images:,} images in {self.seconds:.1f} s)",
-            f"time         {spent}",
+            *self._describe_time(),
             f"bound by     {STAGE_NAMES[self.binding]}: {ADVICE[self.binding]}",
-            *([f"bad samples  {self.quarantined:,} were replaced"] if self.quarantined else []),
+            *(f"storage      {host}: {self._describe_host(counters)}" for host, counters in self.hosts.items()),
+            *([f"cache        {_describe_cache(self.cache)}"] if self.cache else []),
+            *([f"bad samples  {self._describe_bad()}"] if self.quarantined else []),
             "",
             "a GPU that takes   needs of its rank",
             *(self._need(rate) for rate in rates),
         ]
 
+    def _describe_time(self) -> list[str]:
+        shares = self.stages.shares(threads=self.threads, seconds=self.seconds)
+        handing_over = shares.pop("hand_over")
+        # The first batches were begun before the measurement: the sum may be more than the threads had.
+        busy = sum(shares.values())
+        parts = {STAGE_NAMES[stage]: share / max(busy, 1.0) for stage, share in shares.items()}
+        parts["idle"] = max(1.0 - busy, 0.0)
+        spent = ", ".join(f"{name} {percent}%" for name, percent in zip(parts, _percents(parts.values()), strict=True))
+        return [f"threads      {spent}", f"main thread  {STAGE_NAMES['hand_over']} {handing_over:.0%}"]
+
+    def _describe_host(self, host: HostCounters) -> str:
+        kinds = ", ".join(f"{count:,} x {kind}" for kind, count in sorted(host.errors.items()))
+        return (
+            f"{host.requests:,} requests, {host.retries:,} retries, {host.timeouts:,} time-outs, "
+            f"errors: {kinds or 'none'}; {host.bytes / self.loading_s / 1e6:,.1f} MB/s"
+        )
+
+    def _describe_bad(self) -> str:
+        text = f"{self.quarantined:,} were replaced"
+        if self.over_budget:
+            text += "; more than data.max_bad_samples and data.max_bad_share allow: a run would stop"
+        return text
+
     def _need(self, rate: float) -> str:
         cores = self.cores_for(rate)
-        enough = "this loader is enough" if self.images_per_s >= rate else f"data.workers={math.ceil(cores)}"
-        return f"{rate:>9,.0f} images/s   {cores:.1f} cores, {self._mb_per_s(rate):,.0f} MB/s; {enough}"
+        return f"{rate:>9,.0f} images/s   {cores:.1f} cores, {self._mb_per_s(rate):,.0f} MB/s; {self._remedy(rate)}"
+
+    def _remedy(self, rate: float) -> str:
+        workers = math.ceil(self.cores_for(rate))
+        if self.images_per_s >= rate:
+            return "this loader is enough"
+        if self.binding == "read":
+            needed, given = self._mb_per_s(rate), self._mb_per_s(self.images_per_s)
+            return f"reads are too slow: needs {needed:,.1f} MB/s, this storage gave {given:,.1f} MB/s"
+        if workers > self.threads:
+            return f"data.workers={workers}"
+        return f"more cores: this machine gave {self.images_per_s:,.0f} images/s with data.workers={self.threads}"
 
     def _mb_per_s(self, images_per_s: float) -> float:
         return images_per_s * self.bytes_per_image / 1e6
@@ -99,23 +144,24 @@ def bench_loader(config: TrainConfig, *, world_size: int, seconds: float, say: C
     config = dataclasses.replace(config, duration=Duration(examples=10**15))
     train_set = open_training_data(config.data, global_batch_size=config.global_batch_size)
     plan = RunPlan.create(config, world_size, train_set)
-    for name, value in plan.describe():
-        if name in ("data", "", "shuffle", "global batch"):
-            say(f"{name:<12} {value}")
-    start = time.perf_counter()
+    for name, value in _describe_plan(plan):
+        say(f"{name:<12} {value}")
+    hosts_before, cache_before = host_counters(), cache_counters()
+    start = began = time.perf_counter()
     batches = train_batches(config, plan, train_set, rank=0, ranks_of_node=[0], first_step=0, pin_memory=False)
-    images, quarantined, stages = 0, 0, StageSeconds()
+    images, loaded, quarantined, stages = 0, 0, 0, StageSeconds()
     first_batch_s = elapsed_s = cpu_s = 0.0
     # What was prepared while nobody asked for it is not counted.
     uncounted = 1 + config.data.prefetch_batches
     for number, batch in enumerate(batches, start=1):
+        loaded += len(batch.keys)
+        quarantined += len(batch.quarantined)
         if number == 1:
             first_batch_s = time.perf_counter() - start
         if number == uncounted:
             start, cpu_start = time.perf_counter(), _cpu_s()
         if number > uncounted:
             images += len(batch.keys)
-            quarantined += len(batch.quarantined)
             stages += batch.stages
             elapsed_s, cpu_s = time.perf_counter() - start, _cpu_s() - cpu_start
             if elapsed_s >= seconds:
@@ -128,8 +174,46 @@ def bench_loader(config: TrainConfig, *, world_size: int, seconds: float, say: C
         bytes_per_image=train_set.bytes_per_image,
         stages=stages,
         threads=config.data.workers,
+        loading_s=time.perf_counter() - began,
         quarantined=quarantined,
+        # Of one rank alone, so it is certain of the run.
+        over_budget=quarantined > plan.bad_sample_budget(loaded * world_size),
+        hosts=_hosts_since(hosts_before),
+        cache=_cache_since(cache_before),
     )
+
+
+def _describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
+    """What of the plan concerns the loader. Its length is not the run's, so nothing is said of epochs."""
+    rows = {name: value for name, value in plan.describe() if name}
+    shown = [("global batch", rows["global batch"]), ("data", rows["data"])]
+    if len(plan.slots) > 1:
+        for location, slots in plan.slots.items():
+            images, share = plan.images_per_set[location], slots / plan.global_batch_size
+            shown.append(("", f"{location}: {images:,} images, {slots} of each batch ({share:.2%})"))
+    return [*shown, ("shuffle", rows["shuffle"])]
+
+
+def _hosts_since(earlier: dict[str, HostCounters]) -> dict[str, HostCounters]:
+    hosts = {host: now.since(earlier.get(host, HostCounters())) for host, now in host_counters().items()}
+    return {host: counters for host, counters in hosts.items() if counters.requests}
+
+
+def _cache_since(earlier: CacheCounters | None) -> CacheCounters | None:
+    now = cache_counters()
+    return None if now is None else now.since(earlier or CacheCounters())
+
+
+def _describe_cache(cache: CacheCounters) -> str:
+    reads = cache.hits + cache.misses
+    share = cache.hits / reads if reads else 0.0
+    return f"answered {share:.0%} of {reads:,} reads; {cache.evicted_files:,} files evicted"
+
+
+def _percents(shares: Iterable[float]) -> list[int]:
+    """Shares of one in whole percent that sum to 100: the sums up to each are rounded, not the shares."""
+    ends = [round(100 * end) for end in accumulate(shares, initial=0.0)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _cpu_s() -> float:

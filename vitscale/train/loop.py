@@ -32,7 +32,7 @@ from vitscale.train.batches import train_batches
 from vitscale.train.engine import build_engine, model_input, train_step
 from vitscale.train.health import check_health
 from vitscale.train.metrics import MetricLog
-from vitscale.train.run_folder import RunLock, open_run
+from vitscale.train.run_folder import RunLock, check_run, record_attempt
 from vitscale.train.schedule import learning_rate
 from vitscale.train.screen import announce
 from vitscale.train.signals import StopRequest
@@ -53,13 +53,15 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
         eval_set = ranks.on_main(lambda: open_held_out_set(config, train_set))
         lock = RunLock(config.run)
         ranks.on_main(lock.take)
-        attempt = ranks.on_main(lambda: open_run(config, plan, say=announce))
+        ranks.on_main(lambda: check_run(config, say=announce))
 
         model = build_vit(config.model, config.data.image_hw)
         initialize(model, config.seed)
         engine = build_engine(model, config, plan, ranks)
         store = CheckpointStore(config.run / "checkpoints", ranks, keep=config.checkpoint.keep)
         restored = restore_state(store, engine, data_digest=train_set.digest)
+        # Not before the checkpoint was accepted: a refused start leaves the run folder as it was.
+        attempt = ranks.on_main(lambda: record_attempt(config, plan))
         state = restored or TrainState()
         commit = partial(commit_state, store, engine, data_digest=train_set.digest, classes=train_set.classes)
 

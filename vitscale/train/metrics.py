@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from types import TracebackType
+from typing import Any
 
 from vitscale.checkpoint.state import TrainState
 from vitscale.config.duration import is_due
 from vitscale.config.schema import TrainConfig
 from vitscale.data.loader import Quarantined
+from vitscale.data.shard_set import cache_counters
 from vitscale.data.stages import StageSeconds
+from vitscale.data.storage.transfer import host_counters
 from vitscale.distributed import Ranks
 from vitscale.plan import RunPlan
 from vitscale.train.engine import StepResult
@@ -21,6 +24,55 @@ from vitscale.train.screen import Screen
 
 # Share of the time below which nobody asks what the model waits for.
 NOTICEABLE_WAIT = 0.02
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Numbers of remote reads, of one process or of several: those of :func:`host_counters`, summed over hosts, and of
+    :func:`cache_counters`."""
+
+    hosts: float = 0
+    """That were asked since the process started."""
+    requests: float = 0
+    retries: float = 0
+    timeouts: float = 0
+    errors: float = 0
+    bytes: float = 0
+    caches: float = 0
+    """That are open."""
+    hits: float = 0
+    misses: float = 0
+
+    @classmethod
+    def of_process(cls) -> Traffic:
+        """Since this process started."""
+        hosts, cache = host_counters().values(), cache_counters()
+        return cls(
+            hosts=len(hosts),
+            requests=sum(host.requests for host in hosts),
+            retries=sum(host.retries for host in hosts),
+            timeouts=sum(host.timeouts for host in hosts),
+            errors=sum(host.failures for host in hosts),
+            bytes=sum(host.bytes for host in hosts),
+            caches=cache is not None,
+            hits=cache.hits if cache else 0,
+            misses=cache.misses if cache else 0,
+        )
+
+    def since(self, earlier: Traffic) -> Traffic:
+        """What was added to an earlier state."""
+        counted = (now - then for now, then in zip(astuple(self), astuple(earlier), strict=True))
+        return dataclasses.replace(Traffic(*counted), hosts=self.hosts, caches=self.caches)
+
+    def to_json(self) -> dict[str, Any]:
+        """Entries of a record; none if nothing is read remotely."""
+        entries: dict[str, Any] = {}
+        if self.hosts or self.caches:
+            counts = {name: int(getattr(self, name)) for name in ("requests", "retries", "timeouts", "errors")}
+            entries["storage"] = {**counts, "mb": round(self.bytes / 1e6, 3)}
+        if self.caches:
+            entries["cache"] = {"hits": int(self.hits), "misses": int(self.misses)}
+        return entries
 
 
 class MetricLog:
@@ -33,6 +85,7 @@ class MetricLog:
         # The table is of bf16; fp32 runs on other units.
         self._peak_flops = peak_flops(ranks.device) if config.engine.precision == "bf16" else None
         self._restart_window(state)
+        self._recorded_traffic = Traffic.of_process()
         self._metrics = self._quarantine = None
         self._screen: Screen | None = None
         if ranks.is_main:
@@ -100,11 +153,16 @@ class MetricLog:
         if not (is_due(state.step, self._plan.log_every) or state.step in (1, self._plan.total_steps)):
             return
         seconds = max(time.perf_counter() - self._window_start, 1e-9)
-        rows = self._ranks.gather_floats([float(result.loss), self._waited_s / seconds, *astuple(self._stages)])
+        traffic = Traffic.of_process()
+        stages, new_traffic = astuple(self._stages), astuple(traffic.since(self._recorded_traffic))
+        rows = self._ranks.gather_floats([float(result.loss), self._waited_s / seconds, *stages, *new_traffic])
+        self._recorded_traffic = traffic
         losses = [row[0] for row in rows]
         # All ranks wait for the slowest one.
-        _, wait_share, *stage_seconds = max(rows, key=lambda row: row[1])
+        slowest = max(rows, key=lambda row: row[1])
+        wait_share, stage_seconds = slowest[1], slowest[2 : 2 + len(stages)]
         bound_by = StageSeconds(*stage_seconds).binding(threads=self._threads)
+        traffic_of_all = Traffic(*map(sum, zip(*(row[2 + len(stages) :] for row in rows), strict=True)))
         rate = (state.examples_seen - self._window_examples) / seconds
         record = {
             "step": state.step,
@@ -121,6 +179,7 @@ class MetricLog:
             "data_bound_by": bound_by if wait_share >= NOTICEABLE_WAIT else None,
             "mfu": self._mfu(rate),
             "quarantined": state.quarantined,
+            **traffic_of_all.to_json(),
             "attempt": self._attempt,
             "unix_s": round(time.time(), 3),
         }

@@ -11,7 +11,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from vitscale.checkpoint.store import step_names
 from vitscale.config.loader import load_config
 from vitscale.config.reference import KeyChange, diff_configs, dump_config
 from vitscale.config.schema import TrainConfig
+from vitscale.data.storage.drivers import without_secrets
 from vitscale.data.storage.files import absolute
-from vitscale.durable import Lock, publish_text, sync_folder
+from vitscale.durable import Lock, publish_text, published, sync_folder
 from vitscale.errors import ConfigError, LaunchError
 from vitscale.plan import RunPlan
 
@@ -49,42 +51,53 @@ FREE_KEYS = (
 )
 
 
-def open_run(config: TrainConfig, plan: RunPlan, *, say: Callable[[str], None]) -> int:
-    """Create or re-enter the run folder. Returns the number of this attempt, from 1.
+def check_run(config: TrainConfig, *, say: Callable[[str], None]) -> None:
+    """See that the run folder, if there is one, may go on with ``config``, and say what changed. Writes nothing.
 
     Raises:
-        ConfigError: the folder cannot be written, or belongs to a run with another configuration.
+        ConfigError: the folder belongs to a run with another configuration.
     """
-    run = config.run
-    config = _with_absolute_paths(config)
-    try:
-        _check_config(config, say)
-        publish_text(run / "config.yaml", dump_config(config))
-        publish_text(run / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
-        attempt = _note_attempt(run, plan)
-        sync_folder(run)
-        sync_folder(run.parent)
-        return attempt
-    except OSError as error:
-        raise _cannot_write(run, error) from error
-
-
-def _check_config(config: TrainConfig, say: Callable[[str], None]) -> None:
     path = config.run / "config.yaml"
     if not path.exists():
         return
-    changes = diff_configs(load_config(path), config)
+    changes = diff_configs(load_config(path), _with_absolute_paths(config))
     refused = [change for change in changes if not _is_free(change)]
     # A run that has no checkpoint yet has nothing that could go on wrongly.
     if refused and step_names(config.run / "checkpoints"):
-        listed = "\n".join(f"  {change}" for change in refused)
+        listed = "\n".join(f"  {_shown(change)}" for change in refused)
         raise ConfigError(
-            f"run: {config.run} belongs to a run with another configuration:\n{listed}\n"
+            f"run: {config.run.absolute()} belongs to a run with another configuration:\n{listed}\n"
             f"going on would not continue that run; take these values back, remove the folder to start anew, or choose "
             f"another one with run=..."
         )
     for change in changes:
-        say(f"changed since the last attempt: {change}")
+        say(f"changed since the last attempt: {_shown(change)}")
+
+
+def record_attempt(config: TrainConfig, plan: RunPlan) -> int:
+    """Write the configuration, the plan and one more attempt into the run folder. Returns its number, from 1.
+
+    To be called when nothing can refuse this start any more: what it writes is what the run goes on with.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    run = config.run
+    with _writing_to(run):
+        _publish_config(run / "config.yaml", dump_config(_with_absolute_paths(config)))
+        publish_text(run / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+        attempt = _note_attempt(run, plan)
+        sync_folder(run)
+        sync_folder(run.parent)
+    return attempt
+
+
+def _publish_config(path: Path, text: str) -> None:
+    with published(path) as file:
+        if without_secrets(text) != text:
+            # Before the first byte, so that no other user can ever read it.
+            os.fchmod(file.fileno(), 0o600)
+        file.write(text.encode())
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -101,6 +114,13 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def _is_free(change: KeyChange) -> bool:
     return any(change.key == key or change.key.startswith(key + ".") for key in FREE_KEYS)
+
+
+def _shown(change: KeyChange) -> str:
+    text = str(change)
+    shown = without_secrets(text)
+    # Else a new password alone would look like no change.
+    return shown if shown == text else f"{shown} (passwords and queries left out)"
 
 
 def _note_attempt(run: Path, plan: RunPlan) -> int:
@@ -132,12 +152,10 @@ class RunLock:
             LaunchError: another attempt is running.
             ConfigError: the folder cannot be written.
         """
-        try:
+        with _writing_to(self._run):
             self._run.mkdir(parents=True, exist_ok=True)
             # Ranks that were just killed may take a moment to be gone.
             taken = self._lock.take(patience_s=LOCK_PATIENCE_S)
-        except OSError as error:
-            raise _cannot_write(self._run, error) from error
         if not taken:
             raise LaunchError(
                 f"run: {self._run} is being trained by another attempt ({_last_attempt(self._run)}); "
@@ -154,8 +172,14 @@ def _last_attempt(run: Path) -> str:
     return f"attempt {last['attempt']} on {last['host']} since {since}"
 
 
-def _cannot_write(run: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"run: cannot write to {run}: {error.strerror}; choose another folder with run=...")
+@contextmanager
+def _writing_to(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run: cannot write to {run}: {error.strerror}; choose another folder with run=..."
+        ) from error
 
 
 class StepRecords:

@@ -53,7 +53,10 @@ class Screen:
             self._bar.update(self._task, shown=f"{loss}  {speed}")
         else:
             details = f"lr {record['lr']:.2e}  grad {record['grad_norm']:.3f}"
-            self.line(f"step {record['step']}/{self._total}  {loss}  {details}  {speed}")
+            storage = record.get("storage", {})
+            troubles = ", ".join(f"{storage[name]:,} {name}" for name in ("retries", "errors") if storage.get(name))
+            trouble = f"  storage {troubles}" if troubles else ""
+            self.line(f"step {record['step']}/{self._total}  {loss}  {details}  {speed}{trouble}")
 
     def line(self, text: str) -> None:
         """Print one line, above the bar if there is one."""

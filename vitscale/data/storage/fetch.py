@@ -266,7 +266,7 @@ class RemoteFiles:
             )
         else:
             text = f"the storage refuses ({self._reason(trouble)}); see that it is there, and to your rights"
-        silence = StorageSilentError(f"{self.location}: {text}; then the same command continues the run")
+        silence = StorageSilentError(f"{self.location}: {text}; then give the same command again")
         silence.__cause__ = trouble
         return silence
 

@@ -122,7 +122,7 @@ class LocalFiles:
             except _NoAnswerError:
                 raise StorageSilentError(
                     f"{self._folder}: the file system has not answered for {timeout_s:g} s; see that it is "
-                    f"mounted and its server is up, then start the same command again, which continues the run"
+                    f"mounted and its server is up, then give the same command again"
                 ) from None
             raise OSError(errno.ETIMEDOUT, f"no answer for {timeout_s:g} s", name) from None
 

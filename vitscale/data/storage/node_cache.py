@@ -6,7 +6,7 @@ import errno
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -53,6 +53,13 @@ class CacheCounters:
     """Pieces that had other bytes on the disk than were written; they were fetched again."""
     mismatches: int = 0
     """Whole tars that had another SHA-256 or size than the index says."""
+
+    def __add__(self, other: CacheCounters) -> CacheCounters:
+        return CacheCounters(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def since(self, earlier: CacheCounters) -> CacheCounters:
+        """What was added to an earlier copy."""
+        return CacheCounters(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
 
 
 class NodeCache:
@@ -107,8 +114,7 @@ class NodeCache:
     def count(self, more: CacheCounters) -> None:
         """Add to the counters."""
         with self._lock:
-            sums = (getattr(self._counters, field.name) + getattr(more, field.name) for field in fields(more))
-            self._counters = CacheCounters(*sums)
+            self._counters += more
 
     def warn_once(self, matter: str, text: str) -> None:
         """Say something unless something of the same matter has been said."""

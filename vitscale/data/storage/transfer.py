@@ -129,6 +129,23 @@ class HostCounters:
     seconds: float = 0.0
     """Sum over all requests, also of those that ran at the same time."""
 
+    @property
+    def failures(self) -> int:
+        """Failed requests of all kinds."""
+        return sum(self.errors.values())
+
+    def since(self, earlier: HostCounters) -> HostCounters:
+        """What was added to an earlier copy."""
+        errors = {kind: count - earlier.errors.get(kind, 0) for kind, count in self.errors.items()}
+        return HostCounters(
+            self.requests - earlier.requests,
+            self.retries - earlier.retries,
+            self.timeouts - earlier.timeouts,
+            {kind: count for kind, count in errors.items() if count},
+            self.bytes - earlier.bytes,
+            self.seconds - earlier.seconds,
+        )
+
 
 _hosts: dict[str, HostCounters] = {}
 _lock = threading.Lock()

@@ -220,5 +220,5 @@ def test_a_storage_that_fails_as_a_whole_is_one_error(
     else:
         failing = answer
         server.rule = lambda _: failing
-    with pytest.raises(StorageSilentError, match=r"no file could be read for .*; then the same command continues"):
+    with pytest.raises(StorageSilentError, match=r"no file could be read for .*; then give the same command again"):
         global_batches(replace(local, location=server.url))

@@ -97,9 +97,10 @@ def test_a_cache_answers_what_was_read_before(local: Manifest, server: BadServer
 
 
 def test_a_mixture_of_places(local: Manifest, server: BadServer, tmp_path: Path) -> None:
-    data = DataConfig(train={local.location: 3.0, server.url: 1.0}, image_size=8, storage=QUICK)
+    other = make_shardset(tmp_path / "other", [4, 4])
+    data = DataConfig(train={other.location: 3.0, server.url: 1.0}, image_size=8, storage=QUICK)
     mixture = open_training_data(data, global_batch_size=8)
-    assert [(part.manifest.location, part.slots) for part in mixture.parts] == [(local.location, 6), (server.url, 2)]
+    assert {part.manifest.location: part.slots for part in mixture.parts} == {other.location: 6, server.url: 2}
 
 
 def test_a_set_that_is_not_there(server: BadServer) -> None:

@@ -23,7 +23,7 @@ from vitscale.config.schema import TrainConfig
 from vitscale.data.manifest import Manifest, ShardInfo
 from vitscale.errors import ConfigError, LaunchError
 from vitscale.plan import RunPlan
-from vitscale.train.run_folder import RunLock, StepRecords, open_run
+from vitscale.train.run_folder import RunLock, StepRecords, check_run, record_attempt
 
 
 def config_of(run: Path, *overrides: str) -> TrainConfig:
@@ -38,7 +38,8 @@ def enter(config: TrainConfig, *, world_size: int = 1) -> tuple[int, list[str]]:
     try:
         manifest = Manifest("data", (ShardInfo("a.tar", 1427, 10_000),))
         train_set = as_mixture(manifest, slots=config.global_batch_size)
-        return open_run(config, RunPlan.create(config, world_size, train_set), say=said.append), said
+        check_run(config, say=said.append)
+        return record_attempt(config, RunPlan.create(config, world_size, train_set)), said
     finally:
         # The end of a process frees its lock; here, the frames of a caught error would hold it.
         del lock
@@ -102,6 +103,53 @@ def test_a_change_of_the_run_is_refused_and_shown(tmp_path: Path, override: str,
     # Nothing was touched, and the right configuration still goes on as the next attempt.
     assert (tmp_path / "config.yaml").read_bytes() == before
     assert enter(config_of(tmp_path))[0] == 2
+
+
+def test_the_check_writes_nothing(tmp_path: Path) -> None:
+    enter(config_of(tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    said: list[str] = []
+    check_run(config_of(tmp_path, "data.workers=3"), say=said.append)
+    assert said == ["changed since the last attempt: data.workers: 1 -> 3"]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_passwords_and_signatures_are_not_said(tmp_path: Path) -> None:
+    first = "data.train=https://ann:hush-1@host/a?sig=hush-2"
+    enter(config_of(tmp_path, first))
+    second = 'data.train={"https://ann:hush-3@host/a?sig=hush-4": 1, "https://host": 2}'
+    _, said = enter(config_of(tmp_path, second))
+    assert said == [
+        'changed since the last attempt: data.train: "https://host/a" -> {"https://host/a": 1.0, "https://host": 2.0} '
+        "(passwords and queries left out)"
+    ]
+
+
+def test_passwords_and_signatures_are_not_in_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "FREE_KEYS", ())
+    enter(config_of(tmp_path, "data.train=https://ann:hush-1@host/a?sig=hush-2"))
+    (tmp_path / "checkpoints" / "step-000000004").mkdir(parents=True)
+    with pytest.raises(ConfigError) as caught:
+        enter(config_of(tmp_path, "data.train=https://ann:hush-3@host/a?sig=hush-4"))
+    shown = 'data.train: "https://host/a" -> "https://host/a" (passwords and queries left out)'
+    assert [line.strip() for line in str(caught.value).splitlines() if "->" in line] == [shown]
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "train", ["https://ann:hush@host/a", "https://host/a?sig=hush", '{"https://host/a?k=hush": 1}']
+)
+def test_a_configuration_with_a_password_is_for_its_owner_only(tmp_path: Path, train: str) -> None:
+    path = tmp_path / "config.yaml"
+    enter(config_of(tmp_path))
+    usual = path.stat().st_mode & 0o777
+    assert usual == (tmp_path / "plan.json").stat().st_mode & 0o777
+    assert usual & 0o044
+    enter(config_of(tmp_path, f"data.train={train}"))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert "hush" in path.read_text()
+    enter(config_of(tmp_path, "data.train=https://host/a"))
+    assert path.stat().st_mode & 0o777 == usual
 
 
 def test_a_run_without_a_checkpoint_may_start_anew_otherwise(tmp_path: Path) -> None:
