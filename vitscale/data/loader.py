@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitscale.config.schema import DataConfig
+from vitscale.data.allocation import keep_freed_memory
 from vitscale.data.decode import BadSampleError
 from vitscale.data.order import Place, hash64
 from vitscale.data.readers import OpenWindows, Readers, Samples
@@ -102,6 +103,7 @@ class BatchLoader:
         self._stream, self._pixels, self._image_hw = stream, pixels, image_hw
         self._num_classes, self._labels_per_sample = num_classes, labels_per_sample
         self._data, self._pin_memory = data, pin_memory
+        keep_freed_memory()
 
     def batches(self, position_lists: Iterable[Sequence[int | None]]) -> Iterator[Batch]:
         """Batches at the given positions, in order. ``None`` is padding.
