@@ -119,18 +119,6 @@ def resize(pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     torch.ops.aten._upsample_bilinear2d_aa.out(source, out.shape[:2], False, None, None, out=target)
 
 
-def train_pixels(image: Image.Image, config: DataConfig, seed: int) -> NDArray[np.uint8]:
-    """Random crop, resize and mirror. ``seed`` alone decides the randomness. Returns [H, W, 3]."""
-    # Only random() is used: Python promises its sequence for a given seed across versions.
-    rng = random.Random(seed)
-    height, width = config.image_hw
-    box = inception_crop(*image.size, rng, area=config.crop_area, aspect=config.crop_aspect)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
-    if config.flip and rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    return pixels
-
-
 def evaluation_pixels(image: Image.Image, config: DataConfig) -> NDArray[np.uint8]:
     """Resize so that the centre crop covers ``eval_crop_share`` of the short side, then crop. Returns [H, W, 3]."""
     height, width = config.image_hw
