@@ -222,10 +222,7 @@ def parse_idx_line(line: str, path: Path | str) -> tuple[Member, ...]:
     words = line.split(" ")
     try:
         groups = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
-        members = tuple(Member(ext, int(offset), int(size), name) for ext, offset, size, name in groups)
-        if any(member.offset < 0 or member.size < 0 for member in members):
-            raise ValueError("negative numbers")
-        return members
+        return tuple(Member(ext, int(offset), int(size), name) for ext, offset, size, name in groups)
     except ValueError as error:
         raise DataError(f"{path}: not a DALI member index ({line[:80]!r}); write the shard set again") from error
 

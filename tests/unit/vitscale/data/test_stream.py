@@ -282,14 +282,15 @@ def test_a_label_beyond_the_classes_of_the_set(shardset: Manifest) -> None:
     assert found[8] == "label 8, where the set has 7 classes"
 
 
-@pytest.mark.parametrize("damage", ["swapped", "below", "far"])
+@pytest.mark.parametrize("damage", ["swapped", "below", "far", "negative offset", "negative size"])
 def test_a_member_index_that_leads_astray(shardset: Manifest, damage: str) -> None:
     path = folder_of(shardset) / shardset.shards[2].idx_name
     samples = [list(members) for members in read_idx(path)]
     if damage == "swapped":
         samples[0], samples[7] = samples[7], samples[0]
     else:
-        samples[3] = [replace(member, offset=10 if damage == "below" else 10**12) for member in samples[3]]
+        wrong = {"below": {"offset": 10}, "far": {"offset": 10**12}, "negative offset": {"offset": -5}}
+        samples[3] = [replace(member, **wrong.get(damage, {"size": -7})) for member in samples[3]]
     path.write_text(format_idx(samples))
     found = reasons(in_order(shardset))
     assert set(found) <= set(samples_of(shardset, 2))
