@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,14 +28,14 @@ from vitscale.train.batches import train_batches
 IN_MEMORY = 512
 
 
-def start(root: Path, settings: Settings) -> Iterator[Any]:
-    """Batches of one rank whose global batch is its micro-batch."""
+def start(root: Path, settings: Settings, processes: int | None) -> Iterator[Any]:
+    """Batches of one rank whose global batch is its micro-batch, loaded in so many processes."""
     config = TrainConfig(
         run=root / "run",
         duration=Duration(steps=1_000_000),
         global_batch_size=settings.batch_size,
         micro_batch_size=settings.batch_size,
-        data=dataclasses.replace(settings.data, train=str(root / "shards" / "train")),
+        data=dataclasses.replace(settings.data, train=str(root / "shards" / "train"), processes=processes),
         model=ModelConfig(num_classes=1000),
         optim=OptimConfig(lr=1e-3),
     )
@@ -97,4 +98,8 @@ LIMIT = Contestant(
 BARE_THREADS = Contestant(
     "bare decoder, threads", OURS + "; images in memory, no batches", "threads", start_bare_threads
 )
-LOADER = Contestant("vitscale", OURS, "threads", start)
+LOADER = Contestant("vitscale", OURS, "threads", partial(start, processes=None))
+LOADER_IN_RANK = Contestant("vitscale, data.processes=0", OURS, "threads", partial(start, processes=0))
+LOADER_IN_PROCESSES = Contestant(
+    "vitscale, data.processes=data.workers", OURS, "threads", partial(start, processes=1_000_000)
+)

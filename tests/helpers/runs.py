@@ -29,6 +29,7 @@ TINY = (
     "log.every={steps: 1}",
     "data.image_size=8",
     "data.window=8",
+    "data.processes=0",
     "model.variant=ViT-mu/4",
     "model.embed_dim=16",
     "model.depth=2",

@@ -42,8 +42,9 @@ def test_mixtures_with_bad_samples_go_on_with_any_number_of_ranks(spoilt: Path, 
         )
 
     run_ranks(train_and_stop, 2, arguments("whole"), None)
-    for world_size, stop_at in ((2, 5), (3, 11), (1, 14), (4, None)):
-        run_ranks(train_and_stop, world_size, [*arguments("parts"), f"data.workers={world_size}"], stop_at)
+    for world_size, stop_at, processes in ((2, 5, 1), (3, 11, 0), (1, 14, 2), (4, None, 0)):
+        more = [f"data.workers={1 + world_size}", f"data.processes={processes}"]
+        run_ranks(train_and_stop, world_size, [*arguments("parts"), *more], stop_at)
     whole, parts = trajectory(tmp_path / "whole"), trajectory(tmp_path / "parts")
     assert len(whole) == 24
     for ours, theirs in zip(parts, whole, strict=True):

@@ -70,6 +70,9 @@ class DataConfig:
     The shuffle pool holds lanes * window samples. In a mixture, each set has a lane for each of its slots."""
     workers: Positive = 2
     """Decoding threads per rank."""
+    processes: NonNegative | None = None
+    """Processes that these threads are spread over, so that they and the thread that drives the model do not wait for
+    one another's interpreter lock. By default one for each four of them; 0 for none but the rank's own."""
     prefetch_batches: Positive = 4
     """Micro-batches that are decoded ahead of the model."""
     read_ahead_batches: NonNegative = 8

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitscale.config.schema import DataConfig
-from vitscale.data.allocation import keep_freed_memory
+from vitscale.data.allocation import ImageMemory, keep_freed_memory
 from vitscale.data.decode import BadSampleError
 from vitscale.data.order import Place, hash64
 from vitscale.data.readers import OpenWindows, Readers, Samples
@@ -87,6 +87,7 @@ class BatchLoader:
         labels_per_sample: exactly this many labels are needed, or any number if ``None``.
         data: threads, and how far ahead they work.
         pin_memory: page-lock images and labels for an asynchronous copy to a GPU.
+        memory: gives the memory for the images of a batch of so many, instead of one's own.
     """
 
     def __init__(
@@ -99,10 +100,12 @@ class BatchLoader:
         labels_per_sample: int | None,
         data: DataConfig,
         pin_memory: bool,
+        memory: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self._stream, self._pixels, self._image_hw = stream, pixels, image_hw
+        self._stream, self._pixels = stream, pixels
         self._num_classes, self._labels_per_sample = num_classes, labels_per_sample
         self._data, self._pin_memory = data, pin_memory
+        self._memory = memory or ImageMemory(image_hw, pin_memory=pin_memory).take
         keep_freed_memory()
 
     def batches(self, position_lists: Iterable[Sequence[int | None]]) -> Iterator[Batch]:
@@ -143,7 +146,7 @@ class BatchLoader:
         return slots
 
     def _decode(self, size: int, slots: list[_Slot], decoders: ThreadPoolExecutor, readers: Readers) -> _PendingBatch:
-        batch = _PendingBatch(size, self._image_hw, self._pin_memory)
+        batch = _PendingBatch(self._memory(size), self._pin_memory)
         share = -(-len(slots) // self._data.workers) or 1
         for start in range(0, len(slots), share):
             batch.work.append(decoders.submit(self._fill, batch, slots[start : start + share], readers))
@@ -198,7 +201,7 @@ class BatchLoader:
         labels = sample.labels
         if self._labels_per_sample is not None and len(labels) != self._labels_per_sample:
             raise BadSampleError(f"{len(labels)} labels; this loss needs {self._labels_per_sample} per image")
-        if self._num_classes is not None and any(label >= self._num_classes for label in labels):
+        if self._num_classes is not None and labels and max(labels) >= self._num_classes:
             raise DataError(
                 f"{sample.shard}: sample {sample.key} has label {max(labels)}, but the head has "
                 f"{self._num_classes} outputs (0 to {self._num_classes - 1}); set model.num_classes to the "
@@ -210,13 +213,9 @@ class BatchLoader:
 class _PendingBatch:
     """A batch whose slots are being filled by threads."""
 
-    def __init__(self, size: int, image_hw: tuple[int, int], pin_memory: bool) -> None:
-        self._pin_memory = pin_memory
-        clock = StageClock()
-        self._images = torch.empty((size, *image_hw, 3), dtype=torch.uint8, pin_memory=pin_memory)
-        clock.lap("hand_over")
-        self._preparation = clock.seconds
-        self.pixels: NDArray[np.uint8] = self._images.numpy()
+    def __init__(self, images: Tensor, pin_memory: bool) -> None:
+        self._images, self._pin_memory, size = images, pin_memory, len(images)
+        self.pixels: NDArray[np.uint8] = images.numpy()
         self.samples: list[RawSample | None] = [None] * size
         self.labels: list[tuple[int, ...]] = [()] * size
         self.bad: list[Quarantined | None] = [None] * size
@@ -230,11 +229,9 @@ class _PendingBatch:
         for number, sample in enumerate(self.samples):
             if sample is None:
                 self.pixels[number] = 0
-        widest = max(1, *map(len, self.labels))
-        padded = [(*labels, *[NO_LABEL] * (widest - len(labels))) for labels in self.labels]
         batch = Batch(
             images=self._images.permute(0, 3, 1, 2),
-            labels=torch.tensor(padded, dtype=torch.int64, pin_memory=self._pin_memory),
+            labels=_padded(self.labels, self._pin_memory),
             mask=torch.tensor([sample is not None for sample in self.samples]),
             keys=[sample.key if sample else "" for sample in self.samples],
             sample_ids=[sample.sample_id if sample else -1 for sample in self.samples],
@@ -242,8 +239,29 @@ class _PendingBatch:
             digest=sum(self.digests),
         )
         clock.lap("hand_over")
-        batch.stages = self._preparation + stages + clock.seconds
+        batch.stages = stages + clock.seconds
         return batch
+
+
+def join_batches(parts: Sequence[Batch], images: Tensor, *, pin_memory: bool) -> Batch:
+    """One batch of several ones, whose images are joined already."""
+    return Batch(
+        images=images,
+        labels=_padded([labels for part in parts for labels in part.labels.tolist()], pin_memory),
+        mask=torch.cat([part.mask for part in parts]),
+        keys=[key for part in parts for key in part.keys],
+        sample_ids=[sample_id for part in parts for sample_id in part.sample_ids],
+        quarantined=[fault for part in parts for fault in part.quarantined],
+        digest=sum(part.digest for part in parts),
+        stages=sum((part.stages for part in parts), StageSeconds()),
+    )
+
+
+def _padded(labels: Sequence[Sequence[int]], pin_memory: bool) -> Tensor:
+    """Labels of each image, to the length of the longest: int64 [B, M]."""
+    widest = max(1, *map(len, labels))
+    rows = [(*of_image, *[NO_LABEL] * (widest - len(of_image))) for of_image in labels]
+    return torch.tensor(rows, dtype=torch.int64, pin_memory=pin_memory)
 
 
 def _digest(position: int, key: str) -> int:

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from vitscale.data.storage.drivers import without_secrets
 from vitscale.errors import DataError
@@ -192,8 +192,7 @@ def check_same_classes(manifest: Manifest, classes: Sequence[str] | None, *, of:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One file inside a tar: its extension, where its bytes start, how many there are, and its full name."""
 
     extension: str
@@ -221,8 +220,8 @@ def parse_idx_line(line: str, path: Path | str) -> tuple[Member, ...]:
     """
     words = line.split(" ")
     try:
-        groups = zip(words[0::4], words[1::4], words[2::4], words[3::4], strict=True)
-        return tuple(Member(ext, int(offset), int(size), name) for ext, offset, size, name in groups)
+        numbers = (map(int, words[1::4]), map(int, words[2::4]))
+        return tuple(map(Member._make, zip(words[0::4], *numbers, words[3::4], strict=True)))
     except ValueError as error:
         raise DataError(f"{path}: not a DALI member index ({line[:80]!r}); write the shard set again") from error
 

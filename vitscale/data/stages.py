@@ -21,7 +21,7 @@ class StageSeconds:
     augment: float = 0.0
     """Crop, resize and mirror into the batch."""
     hand_over: float = 0.0
-    """Memory for a batch, and from its filled slots to tensors; the model's own thread does it."""
+    """From filled slots to the tensors of a batch; the model's own thread does it."""
 
     def __add__(self, other: StageSeconds) -> StageSeconds:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from threading import Lock
+from typing import NamedTuple
 
 from vitscale.data.decode import BadSampleError
 from vitscale.data.manifest import Member, MemberIndex, ShardInfo, parse_idx
@@ -27,8 +28,7 @@ MOST_SLACK = 16
 OPEN_INDEX_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class RawSample:
+class RawSample(NamedTuple):
     """One sample as it lies in the shard. ``sample_id`` counts through the whole set."""
 
     key: str
@@ -187,7 +187,7 @@ def _cut(shard: _Shard, sample_id: int, members: tuple[Member, ...], data: bytes
         if image is None:
             raise BadSampleError(f"no image among the members ({', '.join(parts)})")
         labels, classes = labels_of(parts), shard.source.manifest.classes
-        if classes is not None and any(label >= len(classes) for label in labels):
+        if classes is not None and labels and max(labels) >= len(classes):
             raise BadSampleError(f"label {max(labels)}, where the set has {len(classes)} classes")
         return RawSample(key, sample_id, shard.label, image, labels)
     except BadSampleError as error:
@@ -201,15 +201,15 @@ def _key(members: tuple[Member, ...]) -> str:
 def _member_bytes(member: Member, data: bytes, start: int) -> bytes:
     """Bytes of a member, after a look at its tar header: a stale index must not yield a neighbour's bytes."""
     begin = member.offset - start
-    header, content = data[begin - TAR_BLOCK : begin], data[begin : begin + member.size]
-    if len(header) != TAR_BLOCK or len(content) != member.size:
+    header, content = begin - TAR_BLOCK, data[begin : begin + member.size]
+    if header < 0 or begin > len(data) or len(content) != member.size:
         raise BadSampleError(f"the tar ends within {member.name}: {len(content)} of {member.size} bytes")
     # A header begins with the name of up to 100 bytes; longer ones, and those that are not ASCII, live elsewhere.
     name = member.name.encode()
-    if member.name.isascii() and len(name) <= 100 and header[:100].rstrip(b"\0") != name:
+    if member.name.isascii() and len(name) <= 100 and data[header : header + 100].rstrip(b"\0") != name:
         raise BadSampleError(f"the tar has no member {member.name} at byte {member.offset}")
     # Then, at byte 124, the size in octal digits.
-    if header[124:136].strip(b" \0").lstrip(b"0") != (b"%o" % member.size).lstrip(b"0"):
+    if data[header + 124 : header + 136].strip(b" \0").lstrip(b"0") != (b"%o" % member.size).lstrip(b"0"):
         raise BadSampleError(f"{member.name} has not {member.size} bytes in the tar, as the index says")
     return content
 
@@ -234,6 +234,6 @@ def labels_of(parts: dict[str, bytes]) -> tuple[int, ...]:
             raise BadSampleError(f"no label: a cls or json member is needed, found {', '.join(parts)}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadSampleError(f"unreadable label: {error!r}") from error
-    if any(label < 0 for label in labels):
+    if labels and min(labels) < 0:
         raise BadSampleError(f"negative label among {list(labels)}")
     return labels

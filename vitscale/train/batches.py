@@ -1,17 +1,17 @@
-"""The micro-batches of a run: its shard sets, their order, and the loader that walks through them."""
+"""The micro-batches of a run, loaded by threads of this process or of others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
-from vitscale.config.schema import TrainConfig
-from vitscale.data.loader import Batch, BatchLoader, train_recipe
-from vitscale.data.mixing import Forecast, MixedOrder, Mixture
-from vitscale.data.order import train_positions
-from vitscale.data.shard_set import open_source
-from vitscale.data.stream import ShardStream
+from vitscale.config.schema import DataConfig, TrainConfig
+from vitscale.data.loader import Batch
+from vitscale.data.mixing import Mixture
 from vitscale.plan import RunPlan
+from vitscale.train.loader_process import load_in_processes
+from vitscale.train.share import LoaderShare, load_share
+
+THREADS_PER_PROCESS = 4
 
 
 def train_batches(
@@ -26,6 +26,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """One rank's micro-batches from ``first_step`` to the end of the run.
 
+    What they hold does not depend on ``data.workers`` and ``data.processes``.
+
     Args:
         config: of the run.
         plan: of the run.
@@ -36,35 +38,18 @@ def train_batches(
         pin_memory: page-lock images and labels for an asynchronous copy to a GPU.
 
     Raises:
-        DataError: as :meth:`vitscale.data.loader.BatchLoader.batches`.
+        DataError: as :meth:`vitscale.data.loader.BatchLoader.batches`, or a loader's process died.
     """
-    order = MixedOrder(train_set, seed=config.seed, lanes=plan.lanes, window=plan.window)
-    forecast = Forecast(order, plan.slots_of_ranks(ranks_of_node), step=first_step)
-    sources = [
-        open_source(manifest, config.data.storage, next_uses=partial(forecast.next_uses, part))
-        for part, manifest in enumerate(train_set.manifests)
-    ]
-    loader = BatchLoader(
-        ShardStream(sources, order),
-        train_recipe(config.data, config.seed),
-        image_hw=config.data.image_hw,
-        num_classes=config.model.num_classes,
-        labels_per_sample=1 if config.loss.kind == "softmax" else None,
-        data=config.data,
-        pin_memory=pin_memory,
+    share = LoaderShare(
+        config, plan, train_set, rank, tuple(ranks_of_node), first_step, slots=range(plan.micro_batch_size)
     )
+    processes = loader_processes(config.data, plan.micro_batch_size)
+    if not processes:
+        return load_share(share, pin_memory=pin_memory)
+    return load_in_processes(share, processes, pin_memory=pin_memory)
 
-    def positions() -> Iterator[list[int | None]]:
-        for step in range(first_step, plan.total_steps):
-            forecast.step = step
-            for micro_step in range(plan.gradient_accumulation_steps):
-                yield train_positions(
-                    step,
-                    micro_step,
-                    rank=rank,
-                    world_size=plan.world_size,
-                    micro_batch_size=plan.micro_batch_size,
-                    global_batch_size=plan.global_batch_size,
-                )
 
-    return loader.batches(positions())
+def loader_processes(data: DataConfig, micro_batch_size: int) -> int:
+    """Processes that load for a rank beside its own, each with a thread and a slot at least; 0: its own one loads."""
+    processes = -(-data.workers // THREADS_PER_PROCESS) if data.processes is None else data.processes
+    return min(processes, data.workers, micro_batch_size)

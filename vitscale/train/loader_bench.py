@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,13 @@ from itertools import accumulate, pairwise
 
 from vitscale.config.duration import Duration
 from vitscale.config.schema import TrainConfig
-from vitscale.data.shard_set import cache_counters, open_training_data
+from vitscale.data.shard_set import open_training_data
 from vitscale.data.stages import Stage, StageSeconds
 from vitscale.data.storage.node_cache import CacheCounters
-from vitscale.data.storage.transfer import HostCounters, host_counters
+from vitscale.data.storage.transfer import HostCounters
 from vitscale.plan import RunPlan
-from vitscale.train.batches import train_batches
+from vitscale.train.batches import loader_processes, train_batches
+from vitscale.train.counters import load_counters
 
 STAGE_NAMES: dict[Stage, str] = {
     "read": "waiting for reads",
@@ -41,10 +41,12 @@ class LoaderReport:
     seconds: float
     first_batch_s: float
     cpu_s: float
-    """Processor time of the whole process."""
+    """Processor time of this process and those that load for it."""
     bytes_per_image: float
     stages: StageSeconds
     threads: int
+    processes: int = 0
+    """That the threads are spread over; 0 if they are this one's."""
     loading_s: float = 0.0
     """From the first request for data to the end."""
     quarantined: int = 0
@@ -75,7 +77,8 @@ class LoaderReport:
         return [
             f"first batch  after {self.first_batch_s:.2f} s",
             f"rate         {self.images_per_s:,.0f} images/s, {self._mb_per_s(self.images_per_s):,.1f} MB/s with "
-            f"data.workers={self.threads} ({self.images:,} images in {self.seconds:.1f} s)",
+            f"data.workers={self.threads}, data.processes={self.processes} "
+            f"({self.images:,} images in {self.seconds:.1f} s)",
             *self._describe_time(),
             f"bound by     {STAGE_NAMES[self.binding]}: {ADVICE[self.binding]}",
             *(f"storage      {host}: {self._describe_host(counters)}" for host, counters in self.hosts.items()),
@@ -146,7 +149,7 @@ def bench_loader(config: TrainConfig, *, world_size: int, seconds: float, say: C
     plan = RunPlan.create(config, world_size, train_set)
     for name, value in _describe_plan(plan):
         say(f"{name:<12} {value}")
-    hosts_before, cache_before = host_counters(), cache_counters()
+    before = load_counters()
     start = began = time.perf_counter()
     batches = train_batches(config, plan, train_set, rank=0, ranks_of_node=[0], first_step=0, pin_memory=False)
     images, loaded, quarantined, stages = 0, 0, 0, StageSeconds()
@@ -159,13 +162,14 @@ def bench_loader(config: TrainConfig, *, world_size: int, seconds: float, say: C
         if number == 1:
             first_batch_s = time.perf_counter() - start
         if number == uncounted:
-            start, cpu_start = time.perf_counter(), _cpu_s()
+            start, cpu_start = time.perf_counter(), load_counters().cpu_s
         if number > uncounted:
             images += len(batch.keys)
             stages += batch.stages
-            elapsed_s, cpu_s = time.perf_counter() - start, _cpu_s() - cpu_start
+            elapsed_s, cpu_s = time.perf_counter() - start, load_counters().cpu_s - cpu_start
             if elapsed_s >= seconds:
                 break
+    loading = load_counters().since(before)
     return LoaderReport(
         images=images,
         seconds=elapsed_s,
@@ -174,12 +178,13 @@ def bench_loader(config: TrainConfig, *, world_size: int, seconds: float, say: C
         bytes_per_image=train_set.bytes_per_image,
         stages=stages,
         threads=config.data.workers,
+        processes=loader_processes(config.data, plan.micro_batch_size),
         loading_s=time.perf_counter() - began,
         quarantined=quarantined,
         # Of one rank alone, so it is certain of the run.
         over_budget=quarantined > plan.bad_sample_budget(loaded * world_size),
-        hosts=_hosts_since(hosts_before),
-        cache=_cache_since(cache_before),
+        hosts=loading.hosts,
+        cache=loading.cache,
     )
 
 
@@ -194,16 +199,6 @@ def _describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
     return [*shown, ("shuffle", rows["shuffle"])]
 
 
-def _hosts_since(earlier: dict[str, HostCounters]) -> dict[str, HostCounters]:
-    hosts = {host: now.since(earlier.get(host, HostCounters())) for host, now in host_counters().items()}
-    return {host: counters for host, counters in hosts.items() if counters.requests}
-
-
-def _cache_since(earlier: CacheCounters | None) -> CacheCounters | None:
-    now = cache_counters()
-    return None if now is None else now.since(earlier or CacheCounters())
-
-
 def _describe_cache(cache: CacheCounters) -> str:
     reads = cache.hits + cache.misses
     share = cache.hits / reads if reads else 0.0
@@ -214,8 +209,3 @@ def _percents(shares: Iterable[float]) -> list[int]:
     """Shares of one in whole percent that sum to 100: the sums up to each are rounded, not the shares."""
     ends = [round(100 * end) for end in accumulate(shares, initial=0.0)]
     return [end - start for start, end in pairwise(ends)]
-
-
-def _cpu_s() -> float:
-    times = os.times()
-    return times.user + times.system

@@ -12,11 +12,10 @@ from vitscale.checkpoint.state import TrainState
 from vitscale.config.duration import is_due
 from vitscale.config.schema import TrainConfig
 from vitscale.data.loader import Quarantined
-from vitscale.data.shard_set import cache_counters
 from vitscale.data.stages import StageSeconds
-from vitscale.data.storage.transfer import host_counters
 from vitscale.distributed import Ranks
 from vitscale.plan import RunPlan
+from vitscale.train.counters import load_counters
 from vitscale.train.engine import StepResult
 from vitscale.train.hardware import peak_flops
 from vitscale.train.run_folder import StepRecords
@@ -28,8 +27,7 @@ NOTICEABLE_WAIT = 0.02
 
 @dataclass(frozen=True)
 class Traffic:
-    """Numbers of remote reads, of one process or of several: those of :func:`host_counters`, summed over hosts, and of
-    :func:`cache_counters`."""
+    """Numbers of remote reads, of one rank or of several: those of :func:`load_counters`, summed over hosts."""
 
     hosts: float = 0
     """That were asked since the process started."""
@@ -44,9 +42,10 @@ class Traffic:
     misses: float = 0
 
     @classmethod
-    def of_process(cls) -> Traffic:
-        """Since this process started."""
-        hosts, cache = host_counters().values(), cache_counters()
+    def of_rank(cls) -> Traffic:
+        """Since this process started, with the processes that load for it."""
+        counters = load_counters()
+        hosts, cache = counters.hosts.values(), counters.cache
         return cls(
             hosts=len(hosts),
             requests=sum(host.requests for host in hosts),
@@ -85,7 +84,7 @@ class MetricLog:
         # The table is of bf16; fp32 runs on other units.
         self._peak_flops = peak_flops(ranks.device) if config.engine.precision == "bf16" else None
         self._restart_window(state)
-        self._recorded_traffic = Traffic.of_process()
+        self._recorded_traffic = Traffic.of_rank()
         self._metrics = self._quarantine = None
         self._screen: Screen | None = None
         if ranks.is_main:
@@ -153,7 +152,7 @@ class MetricLog:
         if not (is_due(state.step, self._plan.log_every) or state.step in (1, self._plan.total_steps)):
             return
         seconds = max(time.perf_counter() - self._window_start, 1e-9)
-        traffic = Traffic.of_process()
+        traffic = Traffic.of_rank()
         stages, new_traffic = astuple(self._stages), astuple(traffic.since(self._recorded_traffic))
         rows = self._ranks.gather_floats([float(result.loss), self._waited_s / seconds, *stages, *new_traffic])
         self._recorded_traffic = traffic

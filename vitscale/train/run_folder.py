@@ -35,6 +35,7 @@ FREE_KEYS = (
     "data.eval",
     "data.eval_crop_share",
     "data.workers",
+    "data.processes",
     "data.prefetch_batches",
     "data.read_ahead_batches",
     "data.storage",

@@ -134,6 +134,17 @@ class HostCounters:
         """Failed requests of all kinds."""
         return sum(self.errors.values())
 
+    def __add__(self, other: HostCounters) -> HostCounters:
+        kinds = self.errors.keys() | other.errors.keys()
+        return HostCounters(
+            self.requests + other.requests,
+            self.retries + other.retries,
+            self.timeouts + other.timeouts,
+            {kind: self.errors.get(kind, 0) + other.errors.get(kind, 0) for kind in sorted(kinds)},
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+        )
+
     def since(self, earlier: HostCounters) -> HostCounters:
         """What was added to an earlier copy."""
         errors = {kind: count - earlier.errors.get(kind, 0) for kind, count in self.errors.items()}

@@ -290,7 +290,7 @@ def test_a_member_index_that_leads_astray(shardset: Manifest, damage: str) -> No
         samples[0], samples[7] = samples[7], samples[0]
     else:
         wrong = {"below": {"offset": 10}, "far": {"offset": 10**12}, "negative offset": {"offset": -5}}
-        samples[3] = [replace(member, **wrong.get(damage, {"size": -7})) for member in samples[3]]
+        samples[3] = [member._replace(**wrong.get(damage, {"size": -7})) for member in samples[3]]
     path.write_text(format_idx(samples))
     found = reasons(in_order(shardset))
     assert set(found) <= set(samples_of(shardset, 2))
