@@ -33,7 +33,7 @@ from peers.images import write_images
 from peers.lit_data import LITDATA
 from peers.measurement import Failure, Measured, Work, in_own_process, measure
 from peers.mosaic_streaming import STREAMING
-from peers.ours import BARE_THREADS, LIMIT, LOADER, LOADER_IN_PROCESSES, LOADER_IN_RANK
+from peers.ours import BARE_THREADS, LIMIT, LOADER, LOADER_IN_ONE_PROCESS, LOADER_IN_RANK
 from peers.spdl_pipeline import SPDL, SPDL_OUR_PIXELS
 from peers.torch_folder import FOLDER, FOLDER_OUR_PIXELS
 from peers.web_dataset import WEBDATASET, WEBDATASET_OUR_PIXELS
@@ -42,7 +42,7 @@ CONTESTANTS = (
     LIMIT,
     BARE_THREADS,
     LOADER,
-    LOADER_IN_PROCESSES,
+    LOADER_IN_ONE_PROCESS,
     LOADER_IN_RANK,
     WEBDATASET_OUR_PIXELS,
     FOLDER_OUR_PIXELS,
@@ -55,7 +55,7 @@ CONTESTANTS = (
     SPDL,
     DALI,
 )
-BESIDE_TRAINING = (LOADER, LOADER_IN_PROCESSES, LOADER_IN_RANK, WEBDATASET_OUR_PIXELS, SPDL_OUR_PIXELS)
+BESIDE_TRAINING = (LOADER, LOADER_IN_ONE_PROCESS, LOADER_IN_RANK, WEBDATASET_OUR_PIXELS, SPDL_OUR_PIXELS)
 PREPARE_TIMEOUT_S = 3600.0
 START_TIMEOUT_S = 120.0
 VERSIONS = ("torch", "pillow", "numpy", "simplejpeg", "opencv-python-headless")

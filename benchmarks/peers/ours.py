@@ -98,8 +98,6 @@ LIMIT = Contestant(
 BARE_THREADS = Contestant(
     "bare decoder, threads", OURS + "; images in memory, no batches", "threads", start_bare_threads
 )
-LOADER = Contestant("vitscale", OURS, "threads", partial(start, processes=None))
+LOADER = Contestant("vitscale", OURS, "processes", partial(start, processes=None))
 LOADER_IN_RANK = Contestant("vitscale, data.processes=0", OURS, "threads", partial(start, processes=0))
-LOADER_IN_PROCESSES = Contestant(
-    "vitscale, data.processes=data.workers", OURS, "threads", partial(start, processes=1_000_000)
-)
+LOADER_IN_ONE_PROCESS = Contestant("vitscale, data.processes=1", OURS, "threads", partial(start, processes=1))

@@ -72,7 +72,7 @@ class DataConfig:
     """Decoding threads per rank."""
     processes: NonNegative | None = None
     """Processes that these threads are spread over, so that they and the thread that drives the model do not wait for
-    one another's interpreter lock. By default one for each four of them; 0 for none but the rank's own."""
+    one another's interpreter lock. By default one for each of them; 0 for none but the rank's own."""
     prefetch_batches: Positive = 4
     """Micro-batches that are decoded ahead of the model."""
     read_ahead_batches: NonNegative = 8

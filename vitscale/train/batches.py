@@ -11,8 +11,6 @@ from vitscale.plan import RunPlan
 from vitscale.train.loader_process import load_in_processes
 from vitscale.train.share import LoaderShare, load_share
 
-THREADS_PER_PROCESS = 4
-
 
 def train_batches(
     config: TrainConfig,
@@ -51,5 +49,4 @@ def train_batches(
 
 def loader_processes(data: DataConfig, micro_batch_size: int) -> int:
     """Processes that load for a rank beside its own, each with a thread and a slot at least; 0: its own one loads."""
-    processes = -(-data.workers // THREADS_PER_PROCESS) if data.processes is None else data.processes
-    return min(processes, data.workers, micro_batch_size)
+    return min(data.workers if data.processes is None else data.processes, data.workers, micro_batch_size)
