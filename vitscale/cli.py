@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitscale import __version__
+from vitscale.checkpoint.choices import Weights
+from vitscale.checkpoint_cli import WeightsOption
+from vitscale.checkpoint_cli import app as checkpoint_app
 from vitscale.errors import ConfigError, VitscaleError, on_every_rank
 from vitscale.topology import Topology
+from vitscale.train.changes import Resume, ResumePolicy
 
 if TYPE_CHECKING:
     from vitscale.config.schema import TrainConfig
@@ -51,7 +55,26 @@ def _main(
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    resume: Annotated[
+        Resume,
+        typer.Option(
+            help="auto: continue if there is a checkpoint, else begin; must: an error if there is none; "
+            "never: an error if there is one."
+        ),
+    ] = Resume.AUTO,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Key or section whose change is meant, although what follows is then another experiment; may be "
+            "repeated.",
+        ),
+    ] = None,
+) -> None:
     """Train a model, or continue the run that lies in its run folder."""
     from vitscale.config.loader import load_config
     from vitscale.models.shapes import resolve_shape
@@ -75,7 +98,7 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Nproc = None) 
                 loaded = load()
             except ConfigError as error:
                 raise on_every_rank(error) from error
-            run_training(loaded, topology, stop)
+            run_training(loaded, topology, stop, ResumePolicy(resume, tuple(allow_change or ())))
 
     _on_ranks(nproc, work, check=load)
 
@@ -86,6 +109,7 @@ def evaluate(
     overrides: ReadingOverrides = None,
     data: Annotated[str | None, typer.Option(help="Shard set, folder or URL; default: the run's data.eval.")] = None,
     step: Step = None,
+    weights: WeightsOption = Weights.RAW,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass on one rank.", min=1)] = 64,
     nproc: Nproc = None,
 ) -> None:
@@ -95,7 +119,15 @@ def evaluate(
         from vitscale.evaluation.commands import evaluate_run
 
         _echo_json(
-            evaluate_run(run, data, overrides=overrides or [], step=step, batch_size=batch_size, topology=topology)
+            evaluate_run(
+                run,
+                data,
+                overrides=overrides or [],
+                step=step,
+                weights=weights,
+                batch_size=batch_size,
+                topology=topology,
+            )
         )
 
     _on_ranks(nproc, work)
@@ -111,6 +143,7 @@ def fewshot(
     seeds: Annotated[int, typer.Option(help="Draws to average over.", min=1)] = 3,
     ridge: Annotated[float, typer.Option(help="Strength of the ridge penalty.", min=0)] = 1024.0,
     step: Step = None,
+    weights: WeightsOption = Weights.RAW,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass on one rank.", min=1)] = 64,
     nproc: Nproc = None,
 ) -> None:
@@ -129,6 +162,7 @@ def fewshot(
                 seeds=seeds,
                 ridge=ridge,
                 step=step,
+                weights=weights,
                 batch_size=batch_size,
                 topology=topology,
             )
@@ -139,6 +173,7 @@ def fewshot(
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run.")
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 @data_app.command()

@@ -29,6 +29,7 @@ class RunPlan:
     warmup_steps: int
     log_every: int
     checkpoint_every: int
+    keep_checkpoint_every: int | None
     evaluate_every: int | None
     lanes: int
     window: int
@@ -66,7 +67,7 @@ class RunPlan:
                 f"schedule.warmup: {config.schedule.warmup} comes to {warmup_steps} steps, but the run has "
                 f"{total_steps}, so optim.lr would never be reached; shorten the warm-up or give it in percent"
             )
-        every = config.evaluation.every
+        every, keep_every = config.evaluation.every, config.checkpoint.keep_every
         shape: VitShape = resolve_shape(config.model, config.data.image_hw)
         lanes = config.data.lanes or config.global_batch_size
         return cls(
@@ -80,6 +81,7 @@ class RunPlan:
             warmup_steps=warmup_steps,
             log_every=steps("log.every", config.log.every),
             checkpoint_every=steps("checkpoint.every", config.checkpoint.every),
+            keep_checkpoint_every=None if keep_every is None else steps("checkpoint.keep_every", keep_every),
             evaluate_every=None if every is None else steps("evaluation.every", every),
             lanes=lanes,
             window=config.data.window,

@@ -12,7 +12,15 @@ from typing import Any
 
 from vitscale.topology import Topology
 
-PRELOADED = ["vitscale.train.loop", "deepspeed", "torch.distributed"]
+# The last three are imported late, by AdamW and DeepSpeed, and take each rank seconds.
+PRELOADED = [
+    "vitscale.train.loop",
+    "deepspeed",
+    "torch.distributed",
+    "torch._dynamo.aot_compile",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = 120) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from vitscale.checkpoint.fragments import MASTER, MOMENTS, FragmentReader
-from vitscale.checkpoint.store import open_checkpoint
+from vitscale.checkpoint.folder import LocalFolder
+from vitscale.checkpoint.format import MASTER, MOMENTS, Checkpoint
+from vitscale.checkpoint.reading import read_parameters
+from vitscale.checkpoint.store import checkpoint_names, open_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "debug" / "digits.yaml"
@@ -113,16 +115,25 @@ def trajectory(run: Path) -> list[tuple[int, str, float, float]]:
     return [(r["step"], r["batch_digest"], r["loss"], r["grad_norm"]) for r in metrics(run)]
 
 
+def checkpoint_of(run: Path, step: int | None = None) -> Checkpoint:
+    """A complete checkpoint of a run, all of it verified; the newest by default."""
+    return open_checkpoint(LocalFolder(run / "checkpoints"), step)
+
+
+def checkpoints_of(run: Path) -> list[str]:
+    """Names of a run's complete checkpoints, newest first."""
+    return checkpoint_names(LocalFolder(run / "checkpoints"))
+
+
 def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """Master weights and moments of the newest checkpoint, as whole tensors."""
-    checkpoint = open_checkpoint(run / "checkpoints")
-    state = {}
-    with FragmentReader(checkpoint.files) as reader:
-        for name, shape in checkpoint.content["parameters"].items():
-            for kind in (MASTER, *MOMENTS):
-                state[f"{name}|{kind}"] = torch.empty(shape)
-                reader.read(name, kind, 0, state[f"{name}|{kind}"].view(-1))
-    return state
+    """Master weights, moments and averages of the newest checkpoint, as whole tensors."""
+    checkpoint = checkpoint_of(run)
+    assert checkpoint.content["digests"].keys() >= {MASTER, *MOMENTS}
+    return {
+        f"{name}|{kind}": values
+        for kind in checkpoint.content["digests"]
+        for name, values in read_parameters(checkpoint, kind).items()
+    }
 
 
 def assert_same_state(run: Path, reference: Path) -> None:

@@ -14,9 +14,8 @@ import psutil
 import pytest
 
 from tests.helpers.command import Outcome, vitscale, vitscale_on_ranks
-from tests.helpers.runs import CONFIG, finish, metrics, overrides, start_training, wait_until
+from tests.helpers.runs import CONFIG, checkpoints_of, finish, metrics, overrides, start_training, wait_until
 from tests.helpers.shardset import folder_of, make_shardset
-from vitscale.checkpoint.store import step_names
 
 CONFIG_ERROR, OTHER_ERROR = 2, 1
 TWO_STEPS = ("duration={steps: 2}", "checkpoint.every={steps: 1}", "data.eval=null")
@@ -237,7 +236,7 @@ def test_a_second_start_of_a_run_is_refused_and_the_first_goes_on(digits: Path, 
     assert f"the run is finished: step 300, 4,800 images seen; see {run}\n" in errors
     assert [record["step"] for record in metrics(run)] == list(range(1, 301))
     assert {record["attempt"] for record in metrics(run)} == {1}
-    assert step_names(run / "checkpoints") == ["step-000000300", "step-000000200", "step-000000100"]
+    assert checkpoints_of(run) == ["step-000000300", "step-000000200", "step-000000100"]
     assert len((run / "attempts.jsonl").read_text().splitlines()) == 1
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.helpers.runs import assert_same_state, finish, metrics, overrides, start_training, trajectory
-from vitscale.checkpoint.store import step_names
+from tests.helpers.runs import (
+    REPOSITORY,
+    assert_same_state,
+    checkpoint_of,
+    checkpoints_of,
+    final_state,
+    finish,
+    metrics,
+    overrides,
+    start_training,
+    trajectory,
+)
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -21,7 +35,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 12 steps, undisturbed."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     finish(start_training(overrides(digits, run, EVERY)))
-    assert step_names(run / "checkpoints") == ["step-000000012", "step-000000009", "step-000000006"]
+    assert checkpoints_of(run) == ["step-000000012", "step-000000009", "step-000000006"]
     return run
 
 
@@ -68,8 +82,8 @@ def test_without_a_complete_checkpoint_the_run_starts_again_and_says_so(digits: 
     errors = finish(start_training(overrides(digits, run, EVERY)))
     for said in (
         f"none of the 2 checkpoints in {checkpoints} is complete",
-        "checkpoint step-000000009 is damaged (manifest.json cannot be read (No such file or directory)); moved to",
-        "checkpoint step-000000006 is damaged (rank-00001.safetensors has other content); moved to damaged-step-",
+        "checkpoint step-000000009 is damaged (it has no manifest); moved to damaged-step-000000009",
+        "checkpoint step-000000006 is damaged (rank-00001.safetensors has other content from byte 0 on)",
         "attempt 2: starting from scratch",
     ):
         assert errors.count(said) == 1, errors
@@ -95,3 +109,66 @@ def test_another_model_is_refused_with_the_difference(digits: Path, run: Path) -
     assert "\n  model.depth: 2 -> 3\n" in errors
     assert "Traceback" not in errors
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+READER = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_a_stranger_reads_a_checkpoint_with_what_the_documentation_says(whole: Path, tmp_path: Path) -> None:
+    (code,) = READER.findall((REPOSITORY / "docs" / "checkpoints.md").read_text())
+    assert len(code.splitlines()) <= 50
+    assert "import vitscale" not in code
+    assert "from vitscale" not in code
+    (tmp_path / "reader.py").write_text(code)
+    (tmp_path / "dump.py").write_text(
+        "import sys, numpy\n"
+        "from pathlib import Path\n"
+        "from reader import read_checkpoint\n"
+        "tensors = read_checkpoint(Path(sys.argv[1]))\n"
+        "numpy.savez('out.npz', **{f'{name}|{kind}': values for (kind, name), values in tensors.items()})\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('vitscale', 'torch', 'safetensors')]\n"
+    )
+    newest = whole / "checkpoints" / "step-000000012"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "dump.py", newest], cwd=tmp_path, env=clean, check=True)
+    with np.load(tmp_path / "out.npz") as found:
+        expected = final_state(whole)
+        assert set(found.files) == expected.keys()
+        assert all(np.array_equal(found[name], values.numpy()) for name, values in expected.items())
+
+
+@pytest.mark.parametrize("tolerated", [0, 2])
+def test_a_full_disk_stops_the_run_or_not_as_configured(digits: Path, tmp_path: Path, tolerated: int) -> None:
+    """A real file system of 1 MB for all of the run. It has no room for the first checkpoint, and has some later."""
+    disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("a file system can be mounted by root only")
+    try:
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(980_000))  # what is left is enough for all but a checkpoint
+        arguments = overrides(digits, run, "checkpoint.every={steps: 4}", "data.eval=null")
+        process = start_training([*arguments, f"checkpoint.tolerate_failures={tolerated}", "duration={steps: 60}"])
+        if tolerated:
+            # The disk is full for the first save and perhaps the second; then someone makes room.
+            assert process.stderr is not None
+            said = ""
+            while "was not saved" not in said:
+                said += process.stderr.readline()
+            ballast.unlink()
+            said += finish(process)
+            assert "a checkpoint was not saved (1 of 2 failures in a row" in said
+        else:
+            said = finish(process, expect=1)
+            assert said.count("vitscale: error: ") == 1, said
+            ballast.unlink()
+        assert "No space left on device; free space or mend the disk" in said
+        assert "Traceback" not in said
+        assert not list((run / "checkpoints").glob(".staging-*"))
+        if not tolerated:
+            finish(start_training([*arguments, "duration={steps: 60}"]))
+        assert len(metrics(run)) == 60
+        assert checkpoint_of(run).step == 60
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -13,6 +13,8 @@ import pytest
 
 from tests.helpers.runs import (
     assert_same_state,
+    checkpoint_of,
+    checkpoints_of,
     environment,
     finish,
     kill_group,
@@ -22,38 +24,25 @@ from tests.helpers.runs import (
     trajectory,
     wait_until,
 )
-from vitscale.checkpoint.store import open_checkpoint, step_names
 
 KILLS = 20
 STEPS = 120
 SETTINGS = (f"duration={{steps: {STEPS}}}", "checkpoint.every={steps: 5}", "checkpoint.keep=2", "engine.zero_stage=2")
 
-# Python imports a module of this name at start. One rank dies before the n-th change that it makes to the disk within
-# its commits.
+# Python imports a module of this name at start. One rank dies before the n-th change that its saves make to the disk.
 PLANTED = """
 import os
 import signal
+import threading
 from pathlib import Path
 
 if os.environ.get("RANK") == os.environ["KILL_RANK"]:
-    from vitscale.checkpoint.store import CheckpointStore
-
-    real_commit = CheckpointStore.commit
-    committing = False
     left = int(os.environ["KILL_CALL"])
-
-    def commit(self, content, write):
-        global committing
-        committing = True
-        try:
-            return real_commit(self, content, write)
-        finally:
-            committing = False
 
     def deadly(function):
         def wrapper(*arguments, **keywords):
             global left
-            left -= committing
+            left -= threading.current_thread().name == "checkpoint"
             if left < 0:
                 Path(os.environ["KILL_MARK"]).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -61,8 +50,7 @@ if os.environ.get("RANK") == os.environ["KILL_RANK"]:
 
         return wrapper
 
-    CheckpointStore.commit = commit
-    for name in ("fsync", "rename", "replace", "mkdir", "chmod", "unlink", "rmdir"):
+    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, deadly(getattr(os, name)))
 """
 
@@ -83,9 +71,9 @@ def draw_kills(seed: int) -> list[Kill]:
     kills = [Kill("all", "seconds", chance.uniform(0.2, 3)) for _ in range(3)]
     kills += [Kill("all", "steps", chance.randint(1, 9)) for _ in range(6)]
     kills += [Kill("all", "commit") for _ in range(4)]
-    # A commit changes the disk about 17 times on rank 0, and twice on the other ranks.
-    kills += [Kill("0", "call", chance.randint(0, 50)) for _ in range(4)]
-    kills += [Kill("1", "call", chance.randint(0, 5)) for _ in range(3)]
+    # A save changes the disk about 14 times on rank 0, and once on the other ranks.
+    kills += [Kill("0", "call", chance.randint(0, 40)) for _ in range(4)]
+    kills += [Kill("1", "call", chance.randint(0, 3)) for _ in range(3)]
     assert len(kills) == KILLS
     chance.shuffle(kills)
     return kills
@@ -103,11 +91,11 @@ def staged(checkpoints: Path) -> set[tuple[str, int]]:
 
 
 def assert_only_complete_checkpoints(checkpoints: Path) -> None:
-    for name in step_names(checkpoints):
-        open_checkpoint(checkpoints, int(name.removeprefix("step-")))
+    for name in checkpoints_of(checkpoints.parent):
+        checkpoint_of(checkpoints.parent, int(name.removeprefix("step-")))
     latest = checkpoints / "latest"
     if latest.exists():
-        assert latest.read_text().removesuffix("\n") in step_names(checkpoints)
+        assert latest.read_text().removesuffix("\n") in checkpoints_of(checkpoints.parent)
 
 
 def suffer(kill: Kill, arguments: list[str], run: Path, planted: Path) -> bool:
@@ -165,7 +153,7 @@ def test_twenty_kills_leave_the_run_as_it_would_have_been(digits: Path, tmp_path
         within_commit = suffer(kill, arguments, run, planted)
         within_commits += within_commit
         assert_only_complete_checkpoints(run / "checkpoints")
-        print(f"{kill}: within a commit: {within_commit}; {(step_names(run / 'checkpoints') or ['nothing'])[0]}")
+        print(f"{kill}: within a commit: {within_commit}; {(checkpoints_of(run) or ['nothing'])[0]}")
     print(f"{within_commits} of {KILLS} kills hit within a commit")
     assert within_commits >= 6
     assert metrics(run)[-1]["step"] < STEPS

@@ -10,8 +10,7 @@ import psutil
 import pytest
 
 from tests.helpers.faults import Fault
-from tests.helpers.runs import finish, metrics, overrides, start_training, wait_until
-from vitscale.checkpoint.store import open_checkpoint
+from tests.helpers.runs import checkpoint_of, finish, metrics, overrides, start_training, wait_until
 from vitscale.data.manifest import read_idx, read_manifest
 
 pytestmark = pytest.mark.timeout(180)
@@ -33,9 +32,9 @@ def test_each_stop_signal_commits_and_the_same_command_continues(digits: Path, t
         message = f"vitscale: stopped at step {step + 1} of 12 on {number.name}; a checkpoint is committed"
         assert errors.count(message) == 1, errors
         assert "Traceback" not in errors
-        checkpoint = open_checkpoint(run / "checkpoints")
+        checkpoint = checkpoint_of(run)
         assert checkpoint.step == step + 1
-        assert len(checkpoint.files) == 2
+        assert len(checkpoint.records) == 2
     errors = finish(start_training(arguments))
     assert "continuing from the checkpoint of step 9" in errors
     assert [record["step"] for record in metrics(run)] == list(range(1, 13))

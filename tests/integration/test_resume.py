@@ -25,7 +25,12 @@ STOP_AT = 6
 def test_stop_and_resume_is_bit_identical(digits: Path, tmp_path: Path, stage: int, precision: str) -> None:
     # Two accumulation steps; step 6 lies within an epoch and between two periodic checkpoints.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    common = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "evaluation.every={steps: 5}"]
+    common = [
+        f"engine.zero_stage={stage}",
+        f"engine.precision={precision}",
+        "evaluation.every={steps: 5}",
+        "optim.ema_decay=0.9",
+    ]
     run_ranks(train_and_stop, 2, overrides(digits, whole, *common), None)
     run_ranks(train_and_stop, 2, overrides(digits, parts, *common), STOP_AT)
     assert len(trajectory(parts)) == STOP_AT
@@ -50,7 +55,7 @@ def test_resume_across_the_end_of_an_epoch_is_bit_identical(digits: Path, tmp_pa
 def test_resume_on_other_ranks_stage_and_micro_batch_continues_the_same_run(digits: Path, tmp_path: Path) -> None:
     """The same batches to the key; losses differ by the order of sums only."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    plain = ["model.dropout=0", "model.stochastic_depth=0"]
+    plain = ["model.dropout=0", "model.stochastic_depth=0", "optim.ema_decay=0.9"]
     run_ranks(train_and_stop, 2, overrides(digits, whole, *plain), None)
     run_ranks(train_and_stop, 2, overrides(digits, parts, *plain, "engine.zero_stage=3"), STOP_AT)
     run_ranks(train_and_stop, 1, overrides(digits, parts, *plain, "engine.zero_stage=1", "micro_batch_size=16"), 9)

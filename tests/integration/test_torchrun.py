@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.faults import Fault
-from tests.helpers.runs import CONFIG, environment, finish, metrics, overrides
-from vitscale.checkpoint.store import open_checkpoint
+from tests.helpers.runs import CONFIG, checkpoint_of, environment, finish, metrics, overrides
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -35,7 +34,7 @@ def test_ranks_of_torchrun_find_each_other_stop_and_continue(digits: Path, tmp_p
     # torchrun has an exit status of its own for this.
     assert torchrun.returncode == 1
     assert "stopped at step 6 of 12 on SIGUSR2; a checkpoint is committed" in errors
-    assert open_checkpoint(run / "checkpoints").step == 6
+    assert checkpoint_of(run).step == 6
     assert "continuing from the checkpoint of step 6" in finish(_torchrun(arguments))
     assert [record["step"] for record in metrics(run)] == list(range(1, 13))
     attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]

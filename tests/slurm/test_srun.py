@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.faults import Fault
-from tests.helpers.runs import CONFIG, environment, finish, metrics, overrides
+from tests.helpers.runs import CONFIG, checkpoint_of, environment, finish, metrics, overrides
 from tests.helpers.slurm import SlurmCluster, require_slurm, slurm_cluster
-from vitscale.checkpoint.store import open_checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 ONE_NODE = ("-N1", "-n2")
@@ -61,9 +60,9 @@ def test_a_step_stops_on_a_signal_and_the_same_command_finishes_the_run(
     errors = finish(first, expect=75)
     assert errors.count(f"stopped at step 6 of 12 on {number.name}; a checkpoint is committed") == 1
     assert "Traceback" not in errors
-    checkpoint = open_checkpoint(run / "checkpoints")
+    checkpoint = checkpoint_of(run)
     assert checkpoint.step == 6
-    assert len(checkpoint.files) == 2
+    assert len(checkpoint.records) == 2
 
     assert "continuing from the checkpoint of step 6" in finish(_srun(cluster, layout, arguments))
     assert [record["step"] for record in metrics(run)] == list(range(1, 13))

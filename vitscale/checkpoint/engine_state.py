@@ -1,88 +1,258 @@
-"""An engine's training state into and out of a checkpoint store."""
+"""The training state of a run on its way into a checkpoint store and back."""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from vitscale import __version__
+from vitscale.checkpoint.digest import part_digest
+from vitscale.checkpoint.format import AVERAGE, Checkpoint
 from vitscale.checkpoint.fragments import (
+    fragments,
+    layouts,
+    masters,
     optimizer_steps,
     parameter_shapes,
+    prepare_moments,
+    pull_masters,
     push_masters,
-    read_fragments,
-    write_fragments,
+    working_copies_differ,
 )
+from vitscale.checkpoint.reading import Wanted, read_wanted
+from vitscale.checkpoint.snapshot import Snapshot
 from vitscale.checkpoint.state import TrainState
-from vitscale.checkpoint.store import Checkpoint, CheckpointStore
-from vitscale.errors import CheckpointError
+from vitscale.checkpoint.store import CheckpointStore
+from vitscale.distributed import Ranks
+from vitscale.errors import CheckpointError, on_every_rank
+
+logger = logging.getLogger(__name__)
 
 
-def commit_state(
-    store: CheckpointStore, engine: Any, state: TrainState, *, data_digest: str, classes: Sequence[str] | None
-) -> None:
-    """Commit the engine and ``state`` as the checkpoint of ``state.step``. Collective.
+@dataclass(frozen=True)
+class Identity:
+    """What a run's checkpoints must have in common."""
+
+    data_digest: str
+    """Of the training data."""
+    classes: Sequence[str] | None
+    """Names of the head's outputs, for whoever evaluates a checkpoint."""
+    free_data: bool = False
+    """Whether another data digest is accepted, since the user said so."""
+
+
+class Checkpoints:
+    """Saves and restores a DeepSpeed engine. Methods are collective, but for :meth:`pending`.
 
     Args:
-        store: where to.
-        engine: the DeepSpeed engine, between two steps.
-        state: the integers that go with it.
-        data_digest: identity of the training data, compared by :func:`restore_state`.
-        classes: names of the head's outputs, for whoever evaluates the checkpoint.
-
-    Raises:
-        CheckpointError: some rank could not write.
+        store: where the checkpoints lie.
+        engine: the DeepSpeed engine. It is read between two steps only.
+        ranks: that share it.
+        identity: of the run.
+        averages: this rank's partitions of the averaged weights, if the run keeps them.
+        tolerated_failures: saves in a row that may fail before the error is raised.
     """
-    content = {
-        "step": state.step,
-        "state": state.to_json(),
-        "optimizer_steps": optimizer_steps(engine),
-        "parameters": parameter_shapes(engine),
-        "data_digest": data_digest,
-        "classes": None if classes is None else list(classes),
-        "world_size": engine.world_size,
-        "zero_stage": engine.zero_optimization_stage(),
-        "vitscale_version": __version__,
-        "created_unix_s": int(time.time()),
-    }
-    store.commit(content, lambda path: write_fragments(engine, path))
 
+    def __init__(
+        self,
+        store: CheckpointStore,
+        engine: Any,
+        ranks: Ranks,
+        identity: Identity,
+        *,
+        averages: Sequence[Tensor] | None = None,
+        tolerated_failures: int = 0,
+    ) -> None:
+        self._store, self._engine, self._ranks, self._identity = store, engine, ranks, identity
+        self._averages, self._tolerated_failures = averages, tolerated_failures
+        self._failures = 0
+        self._touched = False
+        self._snapshot = Snapshot(pin_memory=ranks.device.type == "cuda")
+        self.before_commit: Callable[[], None] = lambda: None
+        """Called by rank 0 in the background: what must be on the disk before a checkpoint is. May raise OSError."""
+        self._saved: int | None = None
+        """The step that was saved last."""
 
-def restore_state(store: CheckpointStore, engine: Any, *, data_digest: str) -> TrainState | None:
-    """Load the newest complete checkpoint into a fresh engine, or give ``None`` if there is none. Collective.
+    def save(self, state: TrainState, *, next_lr: float, scores: Mapping[int, float], must: bool = False) -> float:
+        """Take a snapshot and start to write it; one that is still in flight is waited for.
 
-    Raises:
-        CheckpointError: the checkpoint is of another model or of other training data, or cannot be read.
-    """
-    checkpoint = store.newest()
-    if checkpoint is None:
-        return None
+        Args:
+            state: the integers that go with the engine.
+            next_lr: learning rate of the step that comes next, compared after a restore.
+            scores: of evaluated steps, for the retention of the best.
+            must: wait until it is complete, and tolerate no failure.
 
-    def read(files: list[Path]) -> None:
-        _check_fits(checkpoint, parameter_shapes(engine), data_digest)
-        read_fragments(engine, files, steps=int(checkpoint.content["optimizer_steps"]))
+        Returns:
+            Seconds for which training was kept waiting.
 
-    store.read(checkpoint, read)
-    push_masters(engine)
-    return TrainState.from_json(checkpoint.content["state"])
+        Raises:
+            CheckpointError: some rank could not write this one or the one before, more often than is tolerated.
+        """
+        start = time.perf_counter()
+        if state.step != self._saved:
+            self._tolerate(self._store.wait, must=must)
+            shapes, layout = parameter_shapes(self._engine), layouts(self._engine)
+            content = {
+                "step": state.step,
+                "state": state.to_json(),
+                "optimizer_steps": optimizer_steps(self._engine),
+                "next_lr": next_lr,
+                "parameters": {name: {"shape": shape, **layout[name]._asdict()} for name, shape in shapes.items()},
+                "data_digest": self._identity.data_digest,
+                "classes": None if self._identity.classes is None else list(self._identity.classes),
+                "world_size": self._engine.world_size,
+                "zero_stage": self._engine.zero_optimization_stage(),
+                "vitscale_version": __version__,
+                "created_unix_s": int(time.time()),
+            }
+            self._snapshot.take(list(fragments(self._engine, self._averages)))
+            self._saved = state.step
+            self._tolerate(lambda: self._store.begin(content, self._snapshot, scores, self.before_commit), must=must)
+        if must:
+            self._tolerate(self._store.wait, must=True)
+        return time.perf_counter() - start
 
+    def wait(self, *, say: Callable[[str], None]) -> None:
+        """Wait for a save in flight, before an error ends the run. That it failed is only said."""
+        try:
+            self._store.wait()
+        except CheckpointError as error:
+            say(f"besides, the checkpoint in flight was not saved: {error}")
 
-def _check_fits(checkpoint: Checkpoint, shapes: dict[str, list[int]], data_digest: str) -> None:
-    saved: dict[str, list[int]] = checkpoint.content["parameters"]
-    different = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
-    if different:
-        shown = "; ".join(
-            f"{n}: saved {saved.get(n, 'absent')}, model {shapes.get(n, 'absent')}" for n in different[:5]
-        )
-        raise CheckpointError(
-            f"{checkpoint.path}: {len(different)} parameters do not fit the model ({shown}); "
-            f"use the model's configuration of that run, or another run folder"
-        )
-    if checkpoint.content["data_digest"] != data_digest:
-        raise CheckpointError(
-            f"{checkpoint.path}: was trained on other data: another content of the shards, or other shares of a "
-            f"mixture (data.train); the order of samples would change in the middle of the run: bring back the shards "
-            f"and the shares, or start another run folder"
-        )
+    def pending(self) -> int:
+        """As of :class:`CheckpointStore`."""
+        return self._store.pending()
+
+    def advance(self, pending: int) -> None:
+        """Take a save in flight further; ``pending`` is summed over ranks.
+
+        Raises:
+            CheckpointError: some rank could not write it, and that is not tolerated.
+        """
+        self._tolerate(lambda: self._store.advance(pending))
+
+    def restore(self, *, lr_of: Callable[[int], float | None] | None) -> TrainState | None:
+        """Load the newest complete checkpoint into a fresh engine, or give ``None`` if there is none.
+
+        Afterwards, weights and moments are digested where they lie and compared with what was saved.
+
+        Args:
+            lr_of: gives the learning rate of a step, which must be that of the run that saved, or None if it need not.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model or of other training data, cannot be read, or is not
+                what the engine holds after it was loaded.
+        """
+        checkpoint = self._store.restore(self._load)
+        if checkpoint is None:
+            if self._touched:
+                self._forget()
+            return None
+        push_masters(self._engine)
+        self._prove(checkpoint)
+        state = TrainState.from_json(checkpoint.content["state"])
+        lr = lr_of(state.step) if lr_of else None
+        # Other processors may differ in the last bit of a cosine.
+        if lr is not None and not math.isclose(lr, checkpoint.content["next_lr"], rel_tol=1e-9):
+            raise on_every_rank(
+                CheckpointError(
+                    f"{checkpoint.shown}: would go on with learning rate {lr:g}, but was to go on with "
+                    f"{checkpoint.content['next_lr']:g}; take the changed configuration back"
+                )
+            )
+        self._saved = state.step
+        return state
+
+    def _forget(self) -> None:
+        """Undo what was loaded from checkpoints that turned out to be damaged."""
+        prepare_moments(self._engine, steps=0)
+        pull_masters(self._engine)
+        self._begin_averages()
+
+    def _begin_averages(self) -> None:
+        if self._averages is not None:
+            for average, master in zip(self._averages, masters(self._engine), strict=True):
+                average.copy_(master)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self._check_fits(checkpoint)
+        self._touched = True
+        prepare_moments(self._engine, steps=int(checkpoint.content["optimizer_steps"]))
+        has_average = AVERAGE in checkpoint.content["digests"]
+        wanted = [
+            Wanted(fragment.name, fragment.kind, fragment.start, fragment.values)
+            for fragment in fragments(self._engine, self._averages if has_average else None)
+        ]
+        read_wanted(checkpoint, wanted)
+        if not has_average:
+            self._begin_averages()
+
+    def _prove(self, checkpoint: Checkpoint) -> None:
+        """Compare what the engine holds with what was saved."""
+        saved = {kind: int(digest, 16) for kind, digest in checkpoint.content["digests"].items()}
+        held = dict.fromkeys(saved, 0)
+        for fragment in fragments(self._engine, self._averages):
+            if fragment.kind in held:
+                part = part_digest(fragment.name, fragment.kind, fragment.start, fragment.values)
+                held[fragment.kind] = (held[fragment.kind] + part) % 2**64
+        kinds = sorted(saved)
+        sums = self._ranks.sum_ints([*(held[kind] for kind in kinds), working_copies_differ(self._engine)])
+        wrong = [kind for kind, total in zip(kinds, sums, strict=False) if total % 2**64 != saved[kind]]
+        if AVERAGE in wrong and self._averages is None:
+            wrong.remove(AVERAGE)
+        if sums[-1]:
+            wrong.append("weights of the model")
+        if (steps := optimizer_steps(self._engine)) != checkpoint.content["optimizer_steps"]:
+            wrong.append(f"updates of the optimizer ({steps}, not {checkpoint.content['optimizer_steps']})")
+        if wrong:
+            raise on_every_rank(
+                CheckpointError(
+                    f"{checkpoint.shown}: was loaded, but then the engine's {', '.join(wrong)} are not what was saved; "
+                    f"this is a fault of vitscale or of DeepSpeed's version (tested with 0.19.8), not of the checkpoint"
+                )
+            )
+
+    def _check_fits(self, checkpoint: Checkpoint) -> None:
+        saved, shapes = checkpoint.shapes, parameter_shapes(self._engine)
+        different = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
+        if different:
+            shown = "; ".join(
+                f"{n}: saved {saved.get(n, 'absent')}, model {shapes.get(n, 'absent')}" for n in different[:5]
+            )
+            raise CheckpointError(
+                f"{checkpoint.shown}: {len(different)} parameters do not fit the model ({shown}); "
+                f"use the model's configuration of that run, or another run folder"
+            )
+        if checkpoint.content["data_digest"] != self._identity.data_digest and not self._identity.free_data:
+            raise CheckpointError(
+                f"{checkpoint.shown}: was trained on other data: another content of the shards, or other shares of a "
+                f"mixture (data.train); the order of samples would change in the middle of the run: bring back the "
+                f"shards and the shares, start another run folder, or, if this is meant, add --allow-change data.train"
+            )
+
+    def _tolerate(self, act: Callable[[], str | None], *, must: bool = False) -> None:
+        """Do something that may find that a save has failed; alike on all ranks."""
+        try:
+            committed = act()
+        except CheckpointError as error:
+            self._saved = None
+            self._failures += 1
+            if must or self._failures > self._tolerated_failures:
+                raise
+            if self._ranks.is_main:
+                logger.warning(
+                    "a checkpoint was not saved (%d of %d failures in a row that checkpoint.tolerate_failures allows): "
+                    "%s",
+                    self._failures,
+                    self._tolerated_failures,
+                    error,
+                )
+        else:
+            if committed:
+                self._failures = 0

@@ -155,6 +155,9 @@ class OptimConfig:
     """Decay of the head's kernel instead of weight_decay (3.0 in Scaling ViT, arXiv 2106.04560)."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Global gradient norm to clip to."""
+    ema_decay: Rate | None = None
+    """Keep an exponential moving average of the weights (0.9999: over some 10,000 steps). It is saved with the
+    checkpoints, and what is evaluated during training."""
 
 
 @section
@@ -207,12 +210,22 @@ class EngineConfig:
 
 @section
 class CheckpointConfig:
-    """When checkpoints are committed and how many are kept."""
+    """When checkpoints are committed, where, and which are kept."""
 
     every: Duration = Duration(steps=1000)
     """Distance between two checkpoints. The last step is always committed."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which one is committed, too, if none was."""
+    folder: str | None = None
+    """Folder or URL (s3://, gs://) of the checkpoints, seen by all ranks; by default "checkpoints" in run."""
     keep: Annotated[int, Field(ge=2)] = 3
     """Newest checkpoints that are kept; at least two, so that a damaged one has a predecessor."""
+    keep_every: Duration | None = None
+    """Besides, the first one of each stretch of this length is kept for good."""
+    keep_best: NonNegative = 0
+    """Besides, so many of those with the highest top-1 on data.eval are kept; then each evaluation comes with one."""
+    tolerate_failures: NonNegative = 0
+    """Saves in a row that may fail (a full disk) before the run stops. The last one must succeed."""
 
 
 @section
@@ -261,6 +274,10 @@ class TrainConfig:
             raise ValueError("duration: percent is a share of the whole run, so give steps, epochs or examples")
         if self.evaluation.every is not None and self.data.eval is None:
             raise ValueError("evaluation.every is given, but there is nothing to evaluate on; set data.eval too")
+        if self.checkpoint.keep_best and self.evaluation.every is None:
+            raise ValueError(
+                "checkpoint.keep_best needs evaluations during training; set evaluation.every and data.eval"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "

@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint.fragments import read_parameters
-from vitscale.checkpoint.store import Checkpoint, open_checkpoint
+from vitscale.checkpoint.choices import Weights, weights_kind
+from vitscale.checkpoint.format import Checkpoint
+from vitscale.checkpoint.opening import checkpoint_folder
+from vitscale.checkpoint.reading import read_parameters
+from vitscale.checkpoint.store import open_checkpoint
 from vitscale.config.loader import load_config
 from vitscale.config.schema import EngineConfig, TrainConfig
 from vitscale.data.loader import value_range
@@ -35,6 +38,7 @@ def evaluate_run(
     *,
     overrides: Sequence[str],
     step: int | None,
+    weights: Weights,
     batch_size: int,
     topology: Topology,
 ) -> dict[str, object] | None:
@@ -45,9 +49,9 @@ def evaluate_run(
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
         config = ranks.on_main(lambda: read_run_config(run, overrides))
-        checkpoint = ranks.on_main(lambda: open_checkpoint(run / "checkpoints", step))
+        checkpoint = ranks.on_main(lambda: open_checkpoint(checkpoint_folder(run, config.checkpoint), step))
         manifest = ranks.on_main(lambda: _evaluation_set(config, data, checkpoint))
-        model = load_model(config, checkpoint, ranks)
+        model = load_model(config, checkpoint, weights, ranks)
         accuracy = evaluate_accuracy(
             _in_value_range(model, ranks),
             evaluation_batches(
@@ -61,7 +65,12 @@ def evaluate_run(
             ranks=ranks,
         )
     assert accuracy is not None
-    result: dict[str, object] = {"step": checkpoint.step, "data": manifest.shown, **accuracy.to_json()}
+    result: dict[str, object] = {
+        "step": checkpoint.step,
+        "weights": str(weights),
+        "data": manifest.shown,
+        **accuracy.to_json(),
+    }
     return result if topology.is_main else None
 
 
@@ -75,6 +84,7 @@ def fewshot_run(
     seeds: int,
     ridge: float,
     step: int | None,
+    weights: Weights,
     batch_size: int,
     topology: Topology,
 ) -> dict[str, object] | None:
@@ -85,14 +95,14 @@ def fewshot_run(
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
         config = ranks.on_main(lambda: read_run_config(run, overrides))
-        checkpoint = ranks.on_main(lambda: open_checkpoint(run / "checkpoints", step))
+        checkpoint = ranks.on_main(lambda: open_checkpoint(checkpoint_folder(run, config.checkpoint), step))
         train_set = ranks.on_main(lambda: open_evaluation_set(train_data, config.data.storage))
         test_set = ranks.on_main(
             lambda: open_evaluation_set(
                 test_data, config.data.storage, classes=train_set.classes, of=f"the shots of {train_set.shown}"
             )
         )
-        model = load_model(config, checkpoint, ranks)
+        model = load_model(config, checkpoint, weights, ranks)
 
         def features(manifest: Manifest) -> Features:
             batches = evaluation_batches(manifest, config.data, num_classes=None, batch_size=batch_size, ranks=ranks)
@@ -112,6 +122,7 @@ def fewshot_run(
         )
     result: dict[str, object] = {
         "step": checkpoint.step,
+        "weights": str(weights),
         "train": train_set.shown,
         "test": test_set.shown,
         "ridge": ridge,
@@ -155,11 +166,16 @@ def read_run_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return load_config(path, overrides)
 
 
-def load_model(config: TrainConfig, checkpoint: Checkpoint, ranks: Ranks) -> VisionTransformer:
-    """The model of a checkpoint in fp32 on this rank's device, in evaluation mode."""
+def load_model(config: TrainConfig, checkpoint: Checkpoint, weights: Weights, ranks: Ranks) -> VisionTransformer:
+    """The model of a checkpoint in fp32 on this rank's device, in evaluation mode.
+
+    Raises:
+        CheckpointError: the checkpoint has no such weights.
+    """
+    kind = ranks.on_main(lambda: weights_kind(checkpoint, weights))
     with torch.device("meta"):
         model = build_vit(config.model, config.data.image_hw)
-    state = read_parameters(checkpoint.files, checkpoint.content["parameters"])
+    state = read_parameters(checkpoint, kind)
     model.load_state_dict(state, assign=True)
     return model.to(ranks.device).eval()
 

@@ -9,11 +9,15 @@ and all ranks decide alike because they decide on sums over all ranks.
 
 from __future__ import annotations
 
+import math
 import time
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from vitscale.checkpoint.engine_state import commit_state, restore_state
+from vitscale.checkpoint.engine_state import Checkpoints, Identity
+from vitscale.checkpoint.opening import checkpoint_folder
+from vitscale.checkpoint.retention import Retention
 from vitscale.checkpoint.state import TrainState
 from vitscale.checkpoint.store import CheckpointStore
 from vitscale.config.duration import is_due
@@ -22,23 +26,25 @@ from vitscale.data.manifest import Manifest
 from vitscale.data.mixing import Mixture
 from vitscale.data.shard_set import open_evaluation_set, open_training_data
 from vitscale.distributed import Ranks, connect
-from vitscale.errors import Interrupted, on_every_rank
+from vitscale.errors import Interrupted, VitscaleError, on_every_rank
 from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches
 from vitscale.models.init import initialize
 from vitscale.models.vit import build_vit
 from vitscale.plan import RunPlan
 from vitscale.topology import Topology
+from vitscale.train.average import WeightAverage
 from vitscale.train.batches import train_batches
+from vitscale.train.changes import AUTO, ResumePolicy
 from vitscale.train.engine import build_engine, model_input, train_step
 from vitscale.train.health import check_health
 from vitscale.train.metrics import MetricLog
-from vitscale.train.run_folder import RunLock, check_run, record_attempt
+from vitscale.train.run_folder import RunLock, check_policy, check_run, record_attempt
 from vitscale.train.schedule import learning_rate
 from vitscale.train.screen import announce
 from vitscale.train.signals import StopRequest
 
 
-def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainState:
+def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: ResumePolicy = AUTO) -> TrainState:
     """Train, or continue the run in ``config.run``, until it is finished or ``stop`` has received a signal.
 
     Raises:
@@ -51,20 +57,37 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
         train_set = ranks.on_main(lambda: open_training_data(config.data, global_batch_size=config.global_batch_size))
         plan = ranks.on_main(lambda: RunPlan.create(config, ranks.world_size, train_set))
         eval_set = ranks.on_main(lambda: open_held_out_set(config, train_set))
+        # Before the lock, which would make a folder of a mistyped name.
+        ranks.on_main(lambda: check_policy(config, policy))
         lock = RunLock(config.run)
         ranks.on_main(lock.take)
-        ranks.on_main(lambda: check_run(config, say=announce))
+        start = ranks.on_main(lambda: check_run(config, plan, train_set.digest, policy, say=announce))
 
         model = build_vit(config.model, config.data.image_hw)
         initialize(model, config.seed)
         engine = build_engine(model, config, plan, ranks)
-        store = CheckpointStore(config.run / "checkpoints", ranks, keep=config.checkpoint.keep)
-        restored = restore_state(store, engine, data_digest=train_set.digest)
+        average = None if config.optim.ema_decay is None else WeightAverage(engine, decay=config.optim.ema_decay)
+        lr_of = partial(
+            learning_rate,
+            optim=config.optim,
+            schedule=config.schedule,
+            warmup=plan.warmup_steps,
+            total=plan.total_steps,
+        )
+        retention = Retention(config.checkpoint.keep, plan.keep_checkpoint_every, config.checkpoint.keep_best)
+        checkpoints = Checkpoints(
+            CheckpointStore(checkpoint_folder(config.run, config.checkpoint), ranks, retention),
+            engine,
+            ranks,
+            Identity(train_set.digest, train_set.classes, start.free_data),
+            averages=average.partitions if average else None,
+            tolerated_failures=config.checkpoint.tolerate_failures,
+        )
+        restored = checkpoints.restore(lr_of=lambda step: lr_of(step) if step in start.same_lr_steps else None)
         # Not before the checkpoint was accepted: a refused start leaves the run folder as it was.
-        attempt = ranks.on_main(lambda: record_attempt(config, plan))
+        attempt = ranks.on_main(lambda: record_attempt(config, plan, start, restored.step if restored else None))
         state = restored or TrainState()
-        commit = partial(commit_state, store, engine, data_digest=train_set.digest, classes=train_set.classes)
-
+        clock = SaveClock(config.checkpoint.every_minutes)
         batches = train_batches(
             config,
             plan,
@@ -75,39 +98,49 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
             pin_memory=ranks.device.type == "cuda",
         )
         with MetricLog(config, plan, ranks, state, attempt) as log:
+            checkpoints.before_commit = log.sync
             log.start(resumed=restored is not None)
             stopping = False
             while not stopping:
                 # Before the step, so that an attempt makes up for an evaluation that its predecessor did not finish.
                 if eval_set and evaluation_due(state, plan, log):
-                    stopping = evaluate(engine, config, eval_set, state, log, ranks, stop)
+                    with average.in_place() if average else nullcontext():
+                        stopping = evaluate(engine, config, eval_set, state, log, ranks, stop, checkpoints)
                 if stopping or state.step == plan.total_steps:
                     break
 
-                lr = learning_rate(
-                    state.step,
-                    optim=config.optim,
-                    schedule=config.schedule,
-                    warmup=plan.warmup_steps,
-                    total=plan.total_steps,
-                )
+                lr = lr_of(state.step)
                 result = train_step(engine, batches, config, state.step, lr)
-                stop_votes, bad_samples, digest = ranks.sum_ints(
-                    [stop.received is not None, len(result.quarantined), result.digest]
+                if average and result.applied:
+                    average.update()
+                stop_votes, bad_samples, digest, saves_pending, clock_votes = ranks.sum_ints(
+                    [
+                        stop.received is not None,
+                        len(result.quarantined),
+                        result.digest,
+                        checkpoints.pending(),
+                        ranks.is_main and clock.is_over(),
+                    ]
                 )
+                checkpoints.advance(saves_pending)
                 state = state.advance(examples=plan.global_batch_size, quarantined=bad_samples, applied=result.applied)
 
                 log.step(state, result, lr=lr, digest=digest)
                 if bad_samples:
                     log.quarantine(state.step, result.quarantined)
-                check_health(state, config, plan)
+                try:
+                    check_health(state, config, plan)
+                except VitscaleError:
+                    # Raised on all ranks alike. What was sound when its save began is worth keeping.
+                    checkpoints.wait(say=log.say)
+                    raise
 
                 stopping = stop_votes > 0
-                if is_due(state.step, plan.checkpoint_every) or state.step == plan.total_steps:
-                    log.sync()
-                    commit(state)
-            log.sync()
-            commit(state)  # nothing to do if this step is committed already
+                to_be_scored = config.checkpoint.keep_best > 0 and is_due(state.step, plan.evaluate_every)
+                if clock_votes or to_be_scored or is_due(state.step, plan.checkpoint_every):
+                    log.stall(checkpoints.save(state, next_lr=lr_of(state.step), scores=log.scores()))
+                    clock.restart()
+            checkpoints.save(state, next_lr=lr_of(state.step), scores=log.scores(), must=True)
             if not stopping:
                 log.finish(state)
     if stopping:
@@ -118,6 +151,22 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest) -> TrainSt
             )
         )
     return state
+
+
+class SaveClock:
+    """Tells when so many minutes have passed since the last save; never without a number."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = math.inf if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """A save has begun."""
+        self._end = time.monotonic() + self._seconds
+
+    def is_over(self) -> bool:
+        """Whether it is time for one."""
+        return time.monotonic() >= self._end
 
 
 def open_held_out_set(config: TrainConfig, train_set: Mixture) -> Manifest | None:
@@ -149,8 +198,16 @@ def evaluate(
     log: MetricLog,
     ranks: Ranks,
     stop: StopRequest,
+    checkpoints: Checkpoints,
 ) -> bool:
     """Evaluate and record. Returns whether a stop was requested meanwhile, on all ranks alike."""
+
+    def is_stopping() -> bool:
+        """Asked after each batch. A save that is in flight goes on meanwhile."""
+        stop_votes, saves_pending = ranks.sum_ints([stop.received is not None, checkpoints.pending()])
+        checkpoints.advance(saves_pending)
+        return stop_votes > 0
+
     start = time.perf_counter()
     engine.eval()
     accuracy = evaluate_accuracy(
@@ -164,7 +221,7 @@ def evaluate(
         ),
         num_classes=config.model.num_classes,
         ranks=ranks,
-        is_stopping=lambda: ranks.sum_ints([stop.received is not None])[0] > 0,
+        is_stopping=is_stopping,
     )
     engine.train()
     if accuracy is None:

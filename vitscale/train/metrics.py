@@ -83,12 +83,15 @@ class MetricLog:
         self._threads = config.data.workers
         # The table is of bf16; fp32 runs on other units.
         self._peak_flops = peak_flops(ranks.device) if config.engine.precision == "bf16" else None
+        self._stalled_s = 0.0
         self._restart_window(state)
         self._recorded_traffic = Traffic.of_rank()
         self._metrics = self._quarantine = None
+        self._scores: dict[int, float] = {}
         self._screen: Screen | None = None
         if ranks.is_main:
             self._metrics = StepRecords(config.run / "metrics.jsonl", restored_step=state.step)
+            self._scores = {r["step"]: r["eval_top1"] for r in self._metrics.records if "eval_top1" in r}
             self._quarantine = StepRecords(config.run / "quarantine.jsonl", restored_step=state.step)
             self._screen = Screen(plan.total_steps)
 
@@ -129,6 +132,14 @@ class MetricLog:
         """Show a line on rank 0."""
         if self._screen:
             self._screen.line(text)
+
+    def stall(self, seconds: float) -> None:
+        """Note that a save kept training waiting; the next record has the sum."""
+        self._stalled_s += seconds
+
+    def scores(self) -> dict[int, float]:
+        """Top-1 by step of all evaluations of the run, on rank 0."""
+        return dict(self._scores)
 
     def was_evaluated(self, step: int) -> bool:
         """Whether an earlier attempt recorded an evaluation after ``step``. The same answer on every rank."""
@@ -178,11 +189,13 @@ class MetricLog:
             "data_bound_by": bound_by if wait_share >= NOTICEABLE_WAIT else None,
             "mfu": self._mfu(rate),
             "quarantined": state.quarantined,
+            **({"checkpoint_stall_s": round(self._stalled_s, 4)} if self._stalled_s else {}),
             **traffic_of_all.to_json(),
             "attempt": self._attempt,
             "unix_s": round(time.time(), 3),
         }
         self._restart_window(state)
+        self._stalled_s = 0.0
         if self._metrics and self._screen:
             self._metrics.append(record)
             self._screen.step(record)
@@ -191,6 +204,7 @@ class MetricLog:
         """Record an evaluation after ``state.step``."""
         if self._metrics:
             shown = {f"eval_{name}": value for name, value in results.items()}
+            self._scores[state.step] = results["top1"]
             self._metrics.append({"step": state.step, **shown, "attempt": self._attempt, "seconds": round(seconds, 2)})
         top1, top5, images = results["top1"], results["top5"], results["images"]
         self.say(f"step {state.step}: held-out top-1 {top1:.4f}, top-5 {top5:.4f} on {images:,} images")

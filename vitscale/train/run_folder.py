@@ -7,87 +7,237 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from vitscale.checkpoint.store import step_names
+from vitscale.checkpoint.format import Checkpoint, step_of
+from vitscale.checkpoint.opening import checkpoint_folder
+from vitscale.checkpoint.store import checkpoint_names, inspect
 from vitscale.config.loader import load_config
 from vitscale.config.reference import KeyChange, diff_configs, dump_config
 from vitscale.config.schema import TrainConfig
 from vitscale.data.storage.drivers import without_secrets
 from vitscale.data.storage.files import absolute
-from vitscale.durable import Lock, publish_text, published, sync_folder
-from vitscale.errors import ConfigError, LaunchError
+from vitscale.durable import Lock as FileLock
+from vitscale.durable import publish_text, published, sync_folder
+from vitscale.errors import CheckpointError, ConfigError, LaunchError
 from vitscale.plan import RunPlan
-
-LOCK_PATIENCE_S = 10.0
-# Keys whose change leaves the sequence of global batches and updates as it was.
-FREE_KEYS = (
-    "run",
-    "micro_batch_size",
-    "data.train",
-    "data.eval",
-    "data.eval_crop_share",
-    "data.workers",
-    "data.processes",
-    "data.prefetch_batches",
-    "data.read_ahead_batches",
-    "data.storage",
-    "data.max_bad_samples",
-    "data.max_bad_share",
-    "model.activation_checkpointing",
-    "model.attention",
-    "engine.zero_stage",
-    "engine.timeout_s",
-    "engine.max_skipped_steps",
-    "checkpoint",
-    "evaluation",
-    "log",
+from vitscale.train.changes import (
+    AUTO,
+    Change,
+    Group,
+    Resume,
+    ResumePolicy,
+    changed_content,
+    changed_world_size,
+    covers,
+    judge,
+    refuse,
 )
 
+logger = logging.getLogger(__name__)
 
-def check_run(config: TrainConfig, *, say: Callable[[str], None]) -> None:
+LOCK_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How an attempt goes on with what lies in the run folder."""
+
+    must_resume: bool
+    """Whether starting from scratch would be a mistake."""
+    data_digest: str
+    """Identity of the training data."""
+    changes: tuple[Change, ...] = ()
+    """Since the last attempt."""
+    free_data: bool = False
+    """Whether the checkpoint may be of other training data, since the user said so."""
+    same_lr_steps: frozenset[int] = frozenset()
+    """Of checkpoints that an attempt with the same learning rates has saved, so that they can be compared."""
+
+
+def check_policy(config: TrainConfig, policy: ResumePolicy) -> None:
+    """See that there is a checkpoint if there must be one, or none if there must be none. Writes nothing.
+
+    Raises:
+        ConfigError: says where it looked.
+    """
+    folder = checkpoint_folder(config.run, config.checkpoint)
+    location, names = absolute(folder.location), checkpoint_names(folder)
+    if policy.resume is Resume.MUST and not names:
+        raise ConfigError(
+            f"--resume must: there is no checkpoint in {location}; check run=... and checkpoint.folder, or leave "
+            f"--resume out to begin a run there"
+        )
+    if policy.resume is Resume.NEVER and names:
+        raise ConfigError(
+            f"--resume never: {location} holds {len(names)} checkpoints, the newest being {names[0]}; choose another "
+            f"folder with run=..., or leave --resume out to continue that run"
+        )
+
+
+def check_run(
+    config: TrainConfig,
+    plan: RunPlan,
+    data_digest: str,
+    policy: ResumePolicy = AUTO,
+    *,
+    say: Callable[[str], None],
+) -> Continuation:
     """See that the run folder, if there is one, may go on with ``config``, and say what changed. Writes nothing.
 
+    Args:
+        config: of this attempt.
+        plan: of this attempt.
+        data_digest: identity of its training data.
+        policy: what the user allows.
+        say: shows a line.
+
     Raises:
-        ConfigError: the folder belongs to a run with another configuration.
+        ConfigError: the folder belongs to a run with another configuration, or the policy does not fit it.
+        CheckpointError: the newest checkpoint is of other training data, or cannot be read.
     """
-    path = config.run / "config.yaml"
-    if not path.exists():
-        return
-    changes = diff_configs(load_config(path), _with_absolute_paths(config))
-    refused = [change for change in changes if not _is_free(change)]
-    # A run that has no checkpoint yet has nothing that could go on wrongly.
-    if refused and step_names(config.run / "checkpoints"):
-        listed = "\n".join(f"  {_shown(change)}" for change in refused)
-        raise ConfigError(
-            f"run: {config.run.absolute()} belongs to a run with another configuration:\n{listed}\n"
-            f"going on would not continue that run; take these values back, remove the folder to start anew, or choose "
-            f"another one with run=..."
-        )
+    check_policy(config, policy)
+    path, attempts = config.run / "config.yaml", _attempts(config.run)
+    differences = diff_configs(load_config(path), _with_absolute_paths(config)) if path.exists() else []
+    folder = checkpoint_folder(config.run, config.checkpoint)
+    names = checkpoint_names(folder)
+    newest = next((found for name in names if (found := inspect(folder, name)[0])), None)
+    step = newest.step if newest else step_of(names[0]) if names else None
+    free_data = False
+    if step is None:
+        _check_not_left_elsewhere(config)
+        # A run that has no checkpoint yet has nothing that could go on wrongly.
+        changes = [Change(difference.key, _shown(difference), Group.FREE) for difference in differences]
+    else:
+        _check_length(config, plan, step)
+        since = _at_checkpoint(attempts, step)[1]
+        same_lr = _has_same_lr(attempts, step, config, plan)
+        changes = [judge(change, _shown(change), step=step, same_lr=same_lr) for change in differences]
+        if attempts and attempts[-1]["world_size"] != plan.world_size:
+            changes.append(changed_world_size(attempts[-1]["world_size"], plan.world_size))
+        if newest and newest.content["data_digest"] != data_digest:
+            free_data = True
+            if not _was_accepted(data_digest, since):
+                _check_content_may_change(newest, policy)
+                changes.append(changed_content(newest.content["data_digest"], data_digest, step=step))
+    # An older checkpoint is loaded if this one turns out to be damaged.
+    same_lr_steps = {
+        older for name in names if (older := step_of(name)) is not None and _has_same_lr(attempts, older, config, plan)
+    }
+    if any(change["key"] == "data.train" for attempt in attempts for change in _forced(attempt)):
+        free_data |= attempts[-1].get("data_digest") == data_digest
+    forced_before = [change["key"] for attempt in attempts for change in _forced(attempt)]
+    refuse(str(config.run.absolute()), changes, policy.allow_change, forced_before=forced_before)
     for change in changes:
-        say(f"changed since the last attempt: {_shown(change)}")
+        say(change.announcement())
+    return Continuation(policy.resume is Resume.MUST, data_digest, tuple(changes), free_data, frozenset(same_lr_steps))
 
 
-def record_attempt(config: TrainConfig, plan: RunPlan) -> int:
+def _check_length(config: TrainConfig, plan: RunPlan, step: int) -> None:
+    if plan.total_steps < step:
+        raise ConfigError(
+            f"duration: {config.duration} comes to {plan.total_steps} steps, but the run in {config.run.absolute()} "
+            f"has made {step} already; give {step} steps or more, or choose another folder with run=..."
+        )
+
+
+def _check_content_may_change(checkpoint: Checkpoint, policy: ResumePolicy) -> None:
+    if not any(covers(name, "data.train") for name in policy.allow_change):
+        raise CheckpointError(
+            f"{checkpoint.shown}: was trained on other data: another content of the shards, or other shares of a "
+            f"mixture (data.train); the order of samples would change in the middle of the run: bring back the shards "
+            f"and the shares, or start another run folder, or, if this is meant, add --allow-change data.train"
+        )
+
+
+def _at_checkpoint(attempts: list[dict[str, Any]], step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The attempts up to the one that saved the checkpoint of a step, and those that have made no step of it.
+
+    The last one that began before the step has saved it; a later one would have begun there.
+    """
+    starts = [attempt.get("restored_step") for attempt in attempts]
+    count = max((number for number, start in enumerate(starts, 1) if start is None or start < step), default=0)
+    return attempts[:count], attempts[count:]
+
+
+def _has_same_lr(attempts: list[dict[str, Any]], step: int, config: TrainConfig, plan: RunPlan) -> bool:
+    """Whether the attempt that saved the checkpoint of a step had the learning rates of this one."""
+    until_saved = _at_checkpoint(attempts, step)[0]
+    return not until_saved or until_saved[-1].get("learning_rate") == _learning_rate(config, plan)
+
+
+def _check_not_left_elsewhere(config: TrainConfig) -> None:
+    """A run whose checkpoints lie elsewhere would start from scratch without a word."""
+    path = config.run / "config.yaml"
+    before = load_config(path).checkpoint if path.exists() else config.checkpoint
+    if before.folder == _with_absolute_paths(config).checkpoint.folder:
+        return
+    folder = checkpoint_folder(config.run, before)
+    if names := checkpoint_names(folder):
+        raise ConfigError(
+            f"checkpoint.folder: the checkpoints of this run, the newest being {names[0]}, lie in {folder.location}; "
+            f"take that back, copy them to the new place, or choose another folder with run=..."
+        )
+
+
+def _was_accepted(data_digest: str, since: list[dict[str, Any]]) -> bool:
+    """Whether an attempt that went on from this checkpoint, but has saved none, was allowed these training data."""
+    forced = any(change["key"] == "data.train" for attempt in since for change in _forced(attempt))
+    return forced and since[-1].get("data_digest") == data_digest
+
+
+def _forced(attempt: dict[str, Any]) -> list[dict[str, Any]]:
+    return [change for change in attempt.get("changed", ()) if change["forced"]]
+
+
+def _learning_rate(config: TrainConfig, plan: RunPlan) -> dict[str, Any]:
+    """All that the learning rate of a step depends on."""
+    return {
+        "peak": config.optim.lr,
+        "decay": config.schedule.decay,
+        "final": config.schedule.final_lr,
+        "warmup_steps": plan.warmup_steps,
+        "total_steps": plan.total_steps,
+    }
+
+
+def record_attempt(config: TrainConfig, plan: RunPlan, start: Continuation, restored_step: int | None) -> int:
     """Write the configuration, the plan and one more attempt into the run folder. Returns its number, from 1.
 
-    To be called when nothing can refuse this start any more: what it writes is what the run goes on with.
+    To be called when nothing else can refuse this start: what it writes is what the run goes on with.
+
+    Args:
+        config: of the attempt.
+        plan: of the attempt.
+        start: what :func:`check_run` found.
+        restored_step: step of the checkpoint that was loaded; None if there was none.
 
     Raises:
+        CheckpointError: none was loaded where one had to be.
         ConfigError: the folder cannot be written.
     """
     run = config.run
+    if start.must_resume and restored_step is None:
+        location = absolute(checkpoint_folder(run, config.checkpoint).location)
+        raise CheckpointError(
+            f"--resume must: no checkpoint in {location} is complete, and the damaged ones were moved aside; bring "
+            f"back a copy, or leave --resume out to start from scratch"
+        )
     with _writing_to(run):
+        # First what was forced: the configuration alone would not tell that it was.
+        attempt = _note_attempt(config, plan, start, restored_step)
         _publish_config(run / "config.yaml", dump_config(_with_absolute_paths(config)))
         publish_text(run / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
-        attempt = _note_attempt(run, plan)
         sync_folder(run)
         sync_folder(run.parent)
     return attempt
@@ -110,11 +260,10 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         eval=held_out and absolute(held_out),
         storage=dataclasses.replace(config.data.storage, cache=cache and cache.absolute()),
     )
-    return dataclasses.replace(config, run=config.run.absolute(), data=data)
-
-
-def _is_free(change: KeyChange) -> bool:
-    return any(change.key == key or change.key.startswith(key + ".") for key in FREE_KEYS)
+    checkpoint = dataclasses.replace(
+        config.checkpoint, folder=config.checkpoint.folder and absolute(config.checkpoint.folder)
+    )
+    return dataclasses.replace(config, run=config.run.absolute(), data=data, checkpoint=checkpoint)
 
 
 def _shown(change: KeyChange) -> str:
@@ -124,19 +273,30 @@ def _shown(change: KeyChange) -> str:
     return shown if shown == text else f"{shown} (passwords and queries left out)"
 
 
-def _note_attempt(run: Path, plan: RunPlan) -> int:
-    path = run / "attempts.jsonl"
-    earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    number = len(earlier) + 1
+def _note_attempt(config: TrainConfig, plan: RunPlan, start: Continuation, restored_step: int | None) -> int:
+    attempts = _attempts(config.run)
     record = {
-        "attempt": number,
+        "attempt": len(attempts) + 1,
         "started_unix_s": int(time.time()),
         "host": socket.gethostname(),
         "world_size": plan.world_size,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "restored_step": restored_step,
+        "changed": [change.to_json() for change in start.changes],
+        "data_digest": start.data_digest,
+        "learning_rate": _learning_rate(config, plan),
     }
-    publish_text(path, "".join(f"{line}\n" for line in [*earlier, json.dumps(record)]))
-    return number
+    publish_text(_attempts_path(config.run), "".join(f"{json.dumps(line)}\n" for line in [*attempts, record]))
+    return len(attempts) + 1
+
+
+def _attempts(run: Path) -> list[dict[str, Any]]:
+    path = _attempts_path(run)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _attempts_path(run: Path) -> Path:
+    return run / "attempts.jsonl"
 
 
 class RunLock:
@@ -144,7 +304,7 @@ class RunLock:
 
     def __init__(self, run: Path) -> None:
         self._run = run
-        self._lock = Lock(run / ".lock")
+        self._lock = FileLock(run / ".lock")
 
     def take(self) -> None:
         """Take the lock.
@@ -165,10 +325,10 @@ class RunLock:
 
 
 def _last_attempt(run: Path) -> str:
-    path = run / "attempts.jsonl"
-    if not path.exists():
+    attempts = _attempts(run)
+    if not attempts:
         return "which has only just begun"
-    last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    last = attempts[-1]
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["started_unix_s"]))
     return f"attempt {last['attempt']} on {last['host']} since {since}"
 
@@ -190,16 +350,36 @@ class StepRecords:
     def __init__(self, path: Path, *, restored_step: int) -> None:
         self._path = path
         self.records = self._roll_back(restored_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._lock, self._unwritten, self._warned = Lock(), bytearray(), False
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record; it is on its way to the disk when this returns. Numbers that are not finite become null."""
-        self._file.write(_to_line(record))
-        self._file.flush()
+        """Write one record; it is on its way to the disk when this returns. Numbers that are not finite become null.
+
+        On a full disk it is kept until there is room.
+        """
+        with self._lock:
+            self._unwritten += _to_line(record).encode()
+            try:
+                self._write()
+            except OSError as error:
+                if not self._warned:
+                    logger.warning("%s cannot be written yet: %s; its records are kept", self._path, error.strerror)
+                self._warned = True
 
     def sync(self) -> None:
-        """Wait until the records are on the disk."""
+        """Wait until the records are on the disk. Any thread may call it.
+
+        Raises:
+            OSError: they are not.
+        """
+        with self._lock:
+            self._write()
         os.fsync(self._file.fileno())
+
+    def _write(self) -> None:
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
 
     def close(self) -> None:
         """Close the file."""

@@ -20,7 +20,7 @@ def test_without_arguments_it_shows_its_commands() -> None:
     outcome = vitscale()
     shown = outcome.out + outcome.errors
     assert "Usage: vitscale" in shown
-    for command in ("train", "evaluate", "fewshot", "config", "shards", "launch"):
+    for command in ("train", "evaluate", "fewshot", "config", "shards", "launch", "checkpoint", "data"):
         assert f" {command} " in shown
     assert "Traceback" not in shown
 
@@ -31,7 +31,9 @@ def test_the_real_program_prints_its_version() -> None:
     assert (done.stdout, done.stderr) == (f"{__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "fewshot", "config", "shards", "launch"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "fewshot", "config", "shards", "launch", "checkpoint", "data"]
+)
 def test_every_command_has_help(command: str) -> None:
     outcome = vitscale(command, "--help")
     assert outcome.code == 0

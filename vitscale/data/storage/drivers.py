@@ -44,10 +44,11 @@ def check_prefix(url: str) -> None:
         DataError: it names no bucket, or holds what fsspec gives a meaning of its own.
     """
     protocol, _, path = url.partition("://")
+    shown = without_secrets(url)
     if not path.strip("/") or path.startswith("/"):
-        raise DataError(f"{url}: names no bucket; write {protocol}://BUCKET/PREFIX")
+        raise DataError(f"{shown}: names no bucket; write {protocol}://BUCKET/PREFIX")
     if any(text in path for text in _REFUSED):
-        raise DataError(f"{url}: holds one of {' '.join(_REFUSED)}; take a prefix without them")
+        raise DataError(f"{shown}: holds one of {' '.join(_REFUSED)}; take a prefix without them")
 
 
 def package_of(url: str) -> str | None:

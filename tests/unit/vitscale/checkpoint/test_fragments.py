@@ -7,126 +7,34 @@ with, DeepSpeed's public ``safe_get_full_*`` functions, tells whole tensors with
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-import vitscale.train.engine as engine_module
 from tests.helpers.distributed import run_ranks
-from tests.helpers.runs import CONFIG
+from tests.unit.vitscale.checkpoint.engines import CASES, SHAPES, STEPS, Whole, build, make_steps, whole_state
+from vitscale.checkpoint.format import AVERAGE, MASTER, MOMENTS, Layout
 from vitscale.checkpoint.fragments import (
-    MASTER,
-    MOMENTS,
-    FragmentReader,
+    Fragment,
     fragments,
+    layouts,
     optimizer_steps,
     parameter_shapes,
+    prepare_moments,
+    pull_masters,
     push_masters,
-    read_fragments,
-    read_parameters,
-    write_fragments,
+    working_copies_differ,
 )
-from vitscale.config.loader import load_config
-from vitscale.config.schema import TrainConfig
+from vitscale.checkpoint.fragments import masters as flat_masters
 from vitscale.distributed import Ranks, connect
-from vitscale.errors import CheckpointError
-from vitscale.plan import RunPlan
 from vitscale.topology import Topology
 
-CASES = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
-WRITERS = 2
-STEPS = 3
-MICRO_BATCH = 2
+WORLD_SIZES = (2, 3)
 KINDS = (MASTER, *MOMENTS)
-Whole = dict[str, Tensor]
-
-
-class Odd(nn.Module):
-    """Sizes that no number of ranks divides, and a parameter too small for two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(7, 5)
-        self.last = nn.Linear(5, 3)
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        scaled: Tensor = self.last(torch.tanh(self.first(images))) * self.scale
-        return scaled
-
-
-SHAPES = {name: list(parameter.shape) for name, parameter in Odd().named_parameters()}
-
-
-def build(stage: int, precision: str, ranks: Ranks, seed: int) -> Any:
-    """An engine as the program builds it."""
-    config = load_config(CONFIG, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
-    global_batch_size = MICRO_BATCH * ranks.world_size
-    plan: Any = SimpleNamespace(
-        global_batch_size=global_batch_size, micro_batch_size=MICRO_BATCH, gradient_accumulation_steps=1
-    )
-    torch.manual_seed(seed)
-    real_settings = engine_module.deepspeed_config
-
-    def settings(config: TrainConfig, plan: RunPlan) -> dict[str, Any]:
-        """DeepSpeed would keep parameters this small whole in stage 3."""
-        changed = real_settings(config, plan)
-        if stage == 3:
-            changed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return changed
-
-    engine_module.deepspeed_config = settings
-    try:
-        return engine_module.build_engine(Odd(), config, plan, ranks)
-    finally:
-        engine_module.deepspeed_config = real_settings
-
-
-def make_steps(engine: Any) -> None:
-    torch.manual_seed(engine.global_rank)
-    dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
-    for _ in range(STEPS):
-        engine.backward(engine(torch.randn(MICRO_BATCH, 7, dtype=dtype)).float().square().mean())
-        engine.step()
-
-
-def whole_state(engine: Any) -> Whole:
-    """Master weights and moments as DeepSpeed's public functions tell them. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if engine.zero_optimization_stage() < 3:
-        # DeepSpeed does this itself within the first step, but then the moments of later groups are not there yet.
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        state[f"{name}|{MASTER}"] = safe_get_full_fp32_param(parameter).clone().view(SHAPES[name])
-        for kind in MOMENTS:
-            state[f"{name}|{kind}"] = safe_get_full_optimizer_state(parameter, kind).clone().view(SHAPES[name])
-    return state
-
-
-def working_parameters(engine: Any) -> Whole:
-    """What the model computes with. Collective."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
-
-
-def case_folder(root: Path, stage: int, precision: str) -> Path:
-    return root / f"zero{stage}-{precision}"
-
-
-def fragment_files(folder: Path, world_size: int = WRITERS) -> list[Path]:
-    return [folder / f"rank-{rank}.safetensors" for rank in range(world_size)]
 
 
 # One check for each private attribute. Each is local: `whole` was gathered before.
@@ -184,6 +92,19 @@ def mapping_locates_fragments(engine: Any, whole: Whole) -> bool:
     return located > 0
 
 
+def group_is_cut_into_equal_parts(engine: Any, whole: Whole) -> bool:
+    """Parameters lie one after the other in the order of the group, and only the end is padded."""
+    zero, names = engine.optimizer, names_of(engine)
+    groups = getattr(zero, "bit16_groups", None) or zero.bf16_groups
+    for flat, group in zip(masters(zero), groups, strict=True):
+        together = torch.cat([whole[f"{names[id(parameter)]}|{MASTER}"].flatten() for parameter in group])
+        start = engine.global_rank * flat.numel()
+        mine = together[start : start + flat.numel()]
+        if not torch.equal(flat[: len(mine)], mine) or flat.numel() * engine.world_size < together.numel():
+            return False
+    return True
+
+
 def grad_position_locates_fragments(engine: Any, whole: Whole) -> bool:
     zero = engine.optimizer
     for name, parameter in engine.module.named_parameters():
@@ -230,10 +151,11 @@ EVERY_STAGE: dict[str, Check] = {
     "optimizer.state": state_is_by_flat_master,
     "param_groups": lambda e, _: len(e.optimizer.param_groups) == 2,
     "zero_optimization_stage": lambda e, _: e.zero_optimization_stage() in (1, 2, 3),
-    "world_size": lambda e, _: e.world_size == WRITERS,
+    "world_size": lambda e, _: e.world_size in WORLD_SIZES,
 }
 LINKED: dict[str, Check] = {
     "_hp_mapping": mapping_locates_fragments,
+    "order within a group": group_is_cut_into_equal_parts,
     "update_lp_params": lambda e, _: callable(e.optimizer.update_lp_params),
     "no fp32_partitioned_groups_flat": lambda e, _: not hasattr(e.optimizer, "fp32_partitioned_groups_flat"),
 }
@@ -279,24 +201,124 @@ def fault_of(check: Check, engine: Any, whole: Whole) -> str | None:
         return repr(error)
 
 
+def facts(engine: Any, ranks: Ranks) -> dict[str, Any]:
+    """What this rank's fragments are, as plain data."""
+    averages = [flat * 2 for flat in flat_masters(engine)]
+    found = list(fragments(engine, averages))
+    assert {fragment.kind for fragment in found} == {*KINDS, AVERAGE}
+    assert all(fragment.values.is_contiguous() and fragment.values.ndim == 1 for fragment in found)
+    masters_of = {(f.name, f.start): f.values for f in found if f.kind == MASTER}
+    assert all(torch.equal(f.values, masters_of[f.name, f.start] * 2) for f in found if f.kind == AVERAGE)
+    return {
+        "layouts": layouts(engine),
+        "fragments": [(f.name, f.kind, f.start, f.values.numel()) for f in found],
+        "steps": optimizer_steps(engine),
+        "shapes": parameter_shapes(engine),
+    }
+
+
+def differ(engine: Any, ranks: Ranks) -> list[bool]:
+    return ranks.gather(working_copies_differ(engine))
+
+
+def assert_working_copies_are_watched(engine: Any, ranks: Ranks) -> None:
+    """A difference is found by the rank that owns the element, and pushing ends it."""
+    nobody = [False] * ranks.world_size
+    assert differ(engine, ranks) == nobody
+    for planted in range(ranks.world_size):
+        expected = [rank == planted for rank in range(ranks.world_size)]
+        mine = [fragment for fragment in fragments(engine) if fragment.kind == MASTER]
+        owns = ranks.gather(bool(mine))
+        if not owns[planted]:
+            continue
+        if ranks.topology.rank == planted:
+            mine[-1].values[-1] += 1
+        assert differ(engine, ranks) == expected
+        push_masters(engine)
+        assert differ(engine, ranks) == nobody
+        if ranks.topology.rank == planted:
+            change_working_copy(engine, mine[0])
+        assert differ(engine, ranks) == expected
+        pull_masters(engine)
+        assert differ(engine, ranks) == nobody
+
+
+def change_working_copy(engine: Any, fragment: Fragment) -> None:
+    """As if one element had not been copied from the master weights."""
+    parameter = dict(engine.module.named_parameters())[fragment.name]
+    with torch.no_grad():
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor[0] += 1
+        else:
+            parameter.view(-1)[fragment.start] += 1
+
+
+def assert_padding_does_not_matter(engine: Any, ranks: Ranks) -> None:
+    """The last rank's partition may end with whatever was in memory, even with NaN."""
+    owned = [torch.zeros_like(flat, dtype=torch.bool) for flat in flat_masters(engine)]
+    for fragment in fragments(engine):
+        if fragment.kind == MASTER:
+            (flat,) = [
+                number
+                for number, flat in enumerate(flat_masters(engine))
+                if flat.untyped_storage().data_ptr() == fragment.values.untyped_storage().data_ptr()
+            ]
+            offset = fragment.values.storage_offset() - flat_masters(engine)[flat].storage_offset()
+            owned[flat][offset : offset + fragment.values.numel()] = True
+    for flat, mask in zip(flat_masters(engine), owned, strict=True):
+        flat.data[~mask] = torch.nan
+    push_masters(engine)
+    assert differ(engine, ranks) == [False] * ranks.world_size
+    assert all(torch.isfinite(fragment.values).all() for fragment in fragments(engine))
+
+
 def _look(topology: Topology, root: Path) -> None:
     with connect(topology, timeout_s=60) as ranks:
         for stage, precision in CASES:
             engine = build(stage, precision, ranks, seed=0)
+            assert optimizer_steps(engine) == 0
+            assert {fragment.kind for fragment in fragments(engine)} <= {MASTER}
             make_steps(engine)
             whole = whole_state(engine)
             faults = {name: fault_of(check, engine, whole) for name, check in checks(stage, precision).items()}
-            folder = case_folder(root, stage, precision)
-            folder.mkdir(exist_ok=True)
-            (folder / f"faults-{topology.rank}.json").write_text(json.dumps(faults))
+            (root / f"{stage}-{precision}-{topology.rank}.json").write_text(
+                json.dumps(facts(engine, ranks) | {"faults": faults})
+            )
+            for fragment in fragments(engine):
+                theirs = whole[f"{fragment.name}|{fragment.kind}"].flatten()[fragment.start :]
+                assert torch.equal(fragment.values, theirs[: fragment.values.numel()])
+            assert_working_copies_are_watched(engine, ranks)
+            assert_padding_does_not_matter(engine, ranks)
+            assert_moments_are_prepared(engine)
+
+
+def assert_moments_are_prepared(engine: Any) -> None:
+    prepare_moments(engine, steps=7)
+    assert optimizer_steps(engine) == 7
+    assert not any(fragment.values.any() for fragment in fragments(engine) if fragment.kind in MOMENTS)
+    counters = [state["step"] for state in engine.optimizer.optimizer.state.values() if "step" in state]
+    # One counter for all groups would be advanced by each of them.
+    assert len({counter.data_ptr() for counter in counters}) == len(counters) == 2
+    prepare_moments(engine, steps=0)
+    assert optimizer_steps(engine) == 0
+    assert {fragment.kind for fragment in fragments(engine)} <= {MASTER}
 
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each stage and precision: each rank's faults of private attributes."""
+    """For each number of ranks a folder; in it, for each stage, precision and rank, what was found."""
     root = tmp_path_factory.mktemp("looked")
-    run_ranks(_look, WRITERS, root)
+    for world_size in WORLD_SIZES:
+        (root / str(world_size)).mkdir()
+        run_ranks(_look, world_size, root / str(world_size))
     return root
+
+
+def found(looked: Path, world_size: int, stage: int, precision: str) -> list[dict[str, Any]]:
+    return [
+        json.loads((looked / str(world_size) / f"{stage}-{precision}-{rank}.json").read_text())
+        for rank in range(world_size)
+    ]
 
 
 ATTRIBUTES = [(stage, precision, name) for stage, precision in CASES for name in checks(stage, precision)]
@@ -304,173 +326,35 @@ ATTRIBUTES = [(stage, precision, name) for stage, precision in CASES for name in
 
 @pytest.mark.parametrize(("stage", "precision", "name"), ATTRIBUTES)
 def test_deepspeed_attribute(stage: int, precision: str, name: str, looked: Path) -> None:
-    for rank in range(WRITERS):
-        fault = json.loads((case_folder(looked, stage, precision) / f"faults-{rank}.json").read_text())[name]
-        assert fault is None, (
-            f"DeepSpeed's {name} (ZeRO {stage}, {precision}, rank {rank}): {fault}; fragments.py reads it"
-        )
-
-
-def _save(topology: Topology, root: Path) -> None:
-    with connect(topology, timeout_s=60) as ranks:
-        for seed, (stage, precision) in enumerate(CASES):
-            engine = build(stage, precision, ranks, seed)
-            folder = case_folder(root, stage, precision)
-            folder.mkdir(exist_ok=True)
-            path = fragment_files(folder)[topology.rank]
-            assert optimizer_steps(engine) == 0
-            write_fragments(engine, path.with_suffix(".first"))
-            make_steps(engine)
-            whole = whole_state(engine)
-            if topology.rank == 0:
-                torch.save(whole, folder / "whole.pt")
-            assert optimizer_steps(engine) == STEPS
-            assert parameter_shapes(engine) == SHAPES
-            write_fragments(engine, path)
-            with pytest.raises(CheckpointError, match=r"cannot write the checkpoint: .*No such file.*; free space or"):
-                write_fragments(engine, folder / "absent" / "file")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each stage and precision: fragments of two ranks before and after some steps, and whole tensors."""
-    root = tmp_path_factory.mktemp("saved")
-    run_ranks(_save, WRITERS, root)
-    return root
-
-
-def pieces(files: list[Path]) -> Iterator[tuple[str, str, int, int]]:
-    for path in files:
-        with safe_open(path, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 (not a mapping)
-                name, kind, start = key.split("|")
-                (numel,) = handle.get_slice(key).get_shape()
-                yield name, kind, int(start), numel
-
-
-@pytest.mark.parametrize(("stage", "precision"), CASES)
-def test_the_files_hold_every_element_once(stage: int, precision: str, saved: Path) -> None:
-    files = fragment_files(case_folder(saved, stage, precision))
-    assert_tiled(files, KINDS)
-    assert_tiled([path.with_suffix(".first") for path in files], (MASTER,))
-
-
-def assert_tiled(files: list[Path], kinds: tuple[str, ...]) -> None:
-    found = sorted(pieces(files))
-    assert {(name, kind) for name, kind, _, _ in found} == {(name, kind) for name in SHAPES for kind in kinds}
-    for name, shape in SHAPES.items():
-        for kind in kinds:
-            end = 0
-            for piece in found:
-                if piece[:2] == (name, kind):
-                    assert piece[2] == end, piece
-                    end += piece[3]
-            assert end == torch.Size(shape).numel()
-
-
-@pytest.mark.parametrize(("stage", "precision"), CASES)
-def test_files_give_the_whole_tensors(stage: int, precision: str, saved: Path) -> None:
-    folder = case_folder(saved, stage, precision)
-    whole = torch.load(folder / "whole.pt")
-    with FragmentReader(fragment_files(folder)) as reader:
-        for name, shape in SHAPES.items():
-            for kind in KINDS:
-                assert reader.has(name, kind)
-                read = torch.full(shape, torch.nan)
-                reader.read(name, kind, 0, read.view(-1))
-                assert torch.equal(read, whole[f"{name}|{kind}"])
-        part = torch.empty(9)
-        reader.read("first.weight", MASTER, 13, part)
-        assert torch.equal(part, whole[f"first.weight|{MASTER}"].flatten()[13:22])
-    parameters = read_parameters(fragment_files(folder), SHAPES)
-    assert all(torch.equal(parameters[name], whole[f"{name}|{MASTER}"]) for name in SHAPES)
-
-
-def _load(topology: Topology, root: Path, out: Path, shift: int) -> None:
-    """Each saved state into the engine ``shift`` cases further on."""
-    with connect(topology, timeout_s=60) as ranks:
-        for index, (stage, precision) in enumerate(CASES):
-            folder = case_folder(root, stage, precision)
-            whole = torch.load(folder / "whole.pt")
-            engine = build(*CASES[(index + shift) % len(CASES)], ranks, seed=99)
-            read_fragments(engine, fragment_files(folder), steps=STEPS)
-            push_masters(engine)
-            read = whole_state(engine)
-            assert [name for name in whole if not torch.equal(read[name], whole[name])] == []
-            assert optimizer_steps(engine) == STEPS
-            for name, parameter in working_parameters(engine).items():
-                assert torch.equal(parameter, whole[f"{name}|{MASTER}"].to(parameter.dtype)), name
-            again = case_folder(out, stage, precision)
-            again.mkdir(exist_ok=True)
-            write_fragments(engine, fragment_files(again, topology.world_size)[topology.rank])
-            # Steps count apart: one counter for all groups would be advanced by each of them.
-            make_steps(engine)
-            assert {int(state["step"]) for state in engine.optimizer.optimizer.state.values()} == {2 * STEPS}
-
-
-# Another stage in the same precision; another stage and the other precision.
-@pytest.mark.parametrize(("world_size", "shift"), [(1, 2), (3, 3)])
-def test_another_stage_precision_and_world_size_reads_the_same_bits(
-    world_size: int, shift: int, saved: Path, tmp_path: Path
-) -> None:
-    run_ranks(_load, world_size, saved, tmp_path, shift)
-    for stage, precision in CASES:
-        assert_tiled(fragment_files(case_folder(tmp_path, stage, precision), world_size), KINDS)
-
-
-def _load_before_the_first_step(topology: Topology, root: Path) -> None:
-    with connect(topology, timeout_s=60) as ranks:
-        for stage, precision in CASES:
-            files = [p.with_suffix(".first") for p in fragment_files(case_folder(root, stage, precision))]
-            engine = build(stage, precision, ranks, seed=99)
-            read_fragments(engine, files, steps=0)
-            push_masters(engine)
-            assert optimizer_steps(engine) == 0
-            assert {fragment.kind for fragment in fragments(engine)} == {MASTER}
-            masters = read_parameters(files, SHAPES)
-            for name, parameter in working_parameters(engine).items():
-                assert torch.equal(parameter, masters[name].to(parameter.dtype)), name
-            with pytest.raises(CheckpointError, match=rf"holds 0 of \d+ elements of \S+ \({MOMENTS[0]}\) from 0; the"):
-                read_fragments(engine, files, steps=1)
-
-
-def test_a_state_without_moments(saved: Path) -> None:
-    run_ranks(_load_before_the_first_step, 1, saved)
-
-
-def test_the_reader_says_what_is_missing(tmp_path: Path) -> None:
-    files = fragment_files(tmp_path)
-    for start, path in zip((0, 6), files, strict=True):
-        save_file({f"w|{MASTER}|{start}": torch.arange(4.0)}, path)
-    with FragmentReader(files) as reader:
-        assert reader.has("w", MASTER)
-        assert not reader.has("w", MOMENTS[0])
-        out = torch.zeros(2)
-        reader.read("w", MASTER, 7, out)
-        assert out.tolist() == [1, 2]
-        for start, numel, held in ((0, 10, 8), (4, 2, 0), (9, 2, 1)):
-            message = (
-                rf"^{tmp_path}: holds {held} of {numel} elements of w \(master\) from {start}; the checkpoint is dam"
+    for world_size in WORLD_SIZES:
+        for rank, each in enumerate(found(looked, world_size, stage, precision)):
+            fault = each["faults"][name]
+            assert fault is None, (
+                f"DeepSpeed's {name} (ZeRO {stage}, {precision}, rank {rank} of {world_size}): {fault}; "
+                f"fragments.py reads it"
             )
-            with pytest.raises(CheckpointError, match=message):
-                reader.read("w", MASTER, start, torch.zeros(numel))
-    with pytest.raises(CheckpointError, match=r"holds 8 of 10 elements of w \(master\) from 0;"):
-        read_parameters(files, {"w": [2, 5]})
 
 
-def test_files_are_let_go_also_when_one_cannot_be_read(tmp_path: Path) -> None:
-    good, bad, absent = fragment_files(tmp_path, 3)
-    save_file({f"w|{MASTER}|0": torch.arange(4.0)}, good)
-    bad.write_bytes(b"nothing of the kind")
-
-    def is_mapped() -> bool:
-        return str(good) in Path("/proc/self/maps").read_text()
-
-    for other in (bad, absent):
-        with pytest.raises(CheckpointError, match=f"^{other}: cannot be read") as raised, FragmentReader([good, other]):
-            pass
-        del raised
-        assert not is_mapped()
-    with FragmentReader([good]):
-        assert is_mapped()
-    assert not is_mapped()
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_layouts_tell_who_owns_what(stage: int, precision: str, world_size: int, looked: Path) -> None:
+    """Element by element: the rank that the two numbers give is the one that has it, and no other has it."""
+    ranks = found(looked, world_size, stage, precision)
+    told = ranks[0]["layouts"]
+    assert told.keys() == SHAPES.keys()
+    assert all(each["layouts"] == told for each in ranks)
+    assert all((each["steps"], each["shapes"]) == (STEPS, SHAPES) for each in ranks)
+    expected = {
+        (name, kind, element): (layout.offset + element) // layout.size
+        for name, layout in ((name, Layout(*told[name])) for name in SHAPES)
+        for kind in (*KINDS, AVERAGE)
+        for element in range(torch.Size(SHAPES[name]).numel())
+    }
+    owners = [
+        ((name, kind, element), rank)
+        for rank, each in enumerate(ranks)
+        for name, kind, start, numel in each["fragments"]
+        for element in range(start, start + numel)
+    ]
+    assert len(owners) == len(expected)
+    assert dict(owners) == expected

@@ -33,7 +33,7 @@ ROOT_KEYS = (
     "run, seed, duration, global_batch_size, micro_batch_size, data, model, optim, schedule, loss, engine, "
     "checkpoint, evaluation, log"
 )
-OPTIM_KEYS = "lr, betas, eps, weight_decay, head_weight_decay, grad_clip_norm"
+OPTIM_KEYS = "lr, betas, eps, weight_decay, head_weight_decay, grad_clip_norm, ema_decay"
 REQUIRED = ("run", "duration", "global_batch_size", "micro_batch_size", "data", "model", "optim")
 
 

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -18,35 +20,76 @@ import pytest
 import vitscale.train.run_folder as run_folder
 from tests.helpers.runs import CONFIG, TINY, environment
 from tests.helpers.shardset import as_mixture
+from vitscale.checkpoint.folder import LocalFolder
+from vitscale.checkpoint.format import FileRecord, manifest_text, step_name, step_of
+from vitscale.checkpoint.store import checkpoint_names
 from vitscale.config.loader import load_config
 from vitscale.config.schema import TrainConfig
 from vitscale.data.manifest import Manifest, ShardInfo
-from vitscale.errors import ConfigError, LaunchError
+from vitscale.errors import CheckpointError, ConfigError, LaunchError
 from vitscale.plan import RunPlan
-from vitscale.train.run_folder import RunLock, StepRecords, check_run, record_attempt
+from vitscale.train.changes import AUTO, Resume, ResumePolicy
+from vitscale.train.run_folder import Continuation, RunLock, StepRecords, check_policy, check_run, record_attempt
+
+DATA = "a" * 64
 
 
 def config_of(run: Path, *overrides: str) -> TrainConfig:
     return load_config(CONFIG, [*TINY, f"run={run}", *overrides])
 
 
-def enter(config: TrainConfig, *, world_size: int = 1) -> tuple[int, list[str]]:
-    """Open the run as training does; gives the attempt and what was said."""
+def plan_of(config: TrainConfig, *, world_size: int = 1, samples: int = 1427) -> RunPlan:
+    manifest = Manifest("data", (ShardInfo("a.tar", samples, 10_000),))
+    return RunPlan.create(config, world_size, as_mixture(manifest, slots=config.global_batch_size))
+
+
+def start(
+    config: TrainConfig,
+    *allow_change: str,
+    resume: Resume = Resume.AUTO,
+    data: str = DATA,
+    world_size: int = 1,
+    samples: int = 1427,
+    restored_step: int | None = None,
+) -> tuple[int, list[str], Continuation]:
+    """Open the run as training does; gives the attempt, what was said and what was found."""
     said: list[str] = []
     lock = RunLock(config.run)
     lock.take()
     try:
-        manifest = Manifest("data", (ShardInfo("a.tar", 1427, 10_000),))
-        train_set = as_mixture(manifest, slots=config.global_batch_size)
-        check_run(config, say=said.append)
-        return record_attempt(config, RunPlan.create(config, world_size, train_set)), said
+        plan = plan_of(config, world_size=world_size, samples=samples)
+        found = check_run(config, plan, data, ResumePolicy(resume, allow_change), say=said.append)
+        return record_attempt(config, plan, found, restored_step), said, found
     finally:
         # The end of a process frees its lock; here, the frames of a caught error would hold it.
         del lock
 
 
+def enter(config: TrainConfig, *, world_size: int = 1) -> tuple[int, list[str]]:
+    """The same, of which the attempt and what was said are enough."""
+    return start(config, world_size=world_size)[:2]
+
+
+def commit(run: Path, step: int, *, data: str = DATA) -> Path:
+    """A complete checkpoint, as far as the run folder looks into it."""
+    folder, name, file = LocalFolder(run / "checkpoints"), step_name(step), "rank-00000.safetensors"
+    folder.stage(name)
+    folder.write(name, file, [memoryview(b"1")])
+    folder.publish(name, manifest_text({"step": step, "data_digest": data}, [FileRecord(file, 1, (0,))]))
+    return folder.path / name
+
+
+def compares(found: Continuation, run: Path) -> bool:
+    """Whether the learning rate is compared with that of the newest checkpoint."""
+    return step_of(checkpoint_names(LocalFolder(run / "checkpoints"))[0]) in found.same_lr_steps
+
+
+def attempts(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+
+
 def absolute(config: TrainConfig) -> TrainConfig:
-    """What is kept of a configuration."""
+    """What is kept of a configuration whose checkpoints lie in the run folder."""
     assert config.data.eval is not None
     assert isinstance(config.data.train, str)
     here = str(Path.cwd())
@@ -68,8 +111,7 @@ def test_attempts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     for number, world_size in enumerate((1, 2, 4), start=1):
         assert enter(config_of(tmp_path), world_size=world_size)[0] == number
-    records = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
-    assert [(r["attempt"], r["world_size"], r["slurm_job_id"]) for r in records] == [
+    assert [(r["attempt"], r["world_size"], r["slurm_job_id"]) for r in attempts(tmp_path)] == [
         (1, 1, "77"),
         (2, 2, "77"),
         (3, 4, "77"),
@@ -81,7 +123,6 @@ def test_attempts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         ("seed=1", "seed: 0 -> 1"),
         ("optim.lr=2e-3", "optim.lr: 0.001 -> 0.002"),
-        ("duration={steps: 13}", "duration: {steps: 12} -> {steps: 13}"),
         ("global_batch_size=32", "global_batch_size: 16 -> 32"),
         ("data.window=4", "data.window: 8 -> 4"),
         ("data.flip=true", "data.flip: false -> true"),
@@ -92,7 +133,7 @@ def test_attempts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_change_of_the_run_is_refused_and_shown(tmp_path: Path, override: str, shown: str) -> None:
     enter(config_of(tmp_path))
-    (tmp_path / "checkpoints" / "step-000000004").mkdir(parents=True)
+    commit(tmp_path, 4)
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(ConfigError) as caught:
         enter(config_of(tmp_path, override, "data.workers=3"))
@@ -109,7 +150,8 @@ def test_the_check_writes_nothing(tmp_path: Path) -> None:
     enter(config_of(tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     said: list[str] = []
-    check_run(config_of(tmp_path, "data.workers=3"), say=said.append)
+    config = config_of(tmp_path, "data.workers=3")
+    check_run(config, plan_of(config), DATA, say=said.append)
     assert said == ["changed since the last attempt: data.workers: 1 -> 3"]
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -125,15 +167,13 @@ def test_passwords_and_signatures_are_not_said(tmp_path: Path) -> None:
     ]
 
 
-def test_passwords_and_signatures_are_not_in_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "FREE_KEYS", ())
+def test_passwords_and_signatures_are_not_recorded(tmp_path: Path) -> None:
     enter(config_of(tmp_path, "data.train=https://ann:hush-1@host/a?sig=hush-2"))
-    (tmp_path / "checkpoints" / "step-000000004").mkdir(parents=True)
-    with pytest.raises(ConfigError) as caught:
-        enter(config_of(tmp_path, "data.train=https://ann:hush-3@host/a?sig=hush-4"))
+    commit(tmp_path, 4)
+    enter(config_of(tmp_path, "data.train=https://ann:hush-3@host/a?sig=hush-4"))
     shown = 'data.train: "https://host/a" -> "https://host/a" (passwords and queries left out)'
-    assert [line.strip() for line in str(caught.value).splitlines() if "->" in line] == [shown]
-    assert "hush" not in str(caught.value)
+    assert attempts(tmp_path)[1]["changed"] == [{"key": "data.train", "change": shown, "forced": False}]
+    assert "hush" not in (tmp_path / "attempts.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +223,7 @@ def test_a_run_without_a_checkpoint_may_start_anew_otherwise(tmp_path: Path) -> 
 )
 def test_a_change_of_how_it_is_run_is_said_and_kept(tmp_path: Path, override: str, key: str) -> None:
     enter(config_of(tmp_path))
-    (tmp_path / "checkpoints" / "step-000000004").mkdir(parents=True)
+    commit(tmp_path, 4)
     changed = config_of(tmp_path, override)
     attempt, said = enter(changed)
     assert attempt == 2
@@ -194,7 +234,7 @@ def test_a_change_of_how_it_is_run_is_said_and_kept(tmp_path: Path, override: st
 
 def test_a_moved_run_folder_is_still_the_run(tmp_path: Path) -> None:
     enter(config_of(tmp_path / "here"))
-    (tmp_path / "here" / "checkpoints" / "step-000000004").mkdir(parents=True)
+    commit(tmp_path / "here", 4)
     (tmp_path / "here").rename(tmp_path / "there")
     moved = f"changed since the last attempt: run: {tmp_path / 'here'} -> {tmp_path / 'there'}"
     assert enter(config_of(tmp_path / "there")) == (2, [moved])
@@ -219,6 +259,202 @@ def test_paths_are_kept_and_compared_in_full(tmp_path: Path, monkeypatch: pytest
             f"changed since the last attempt: data.eval: {tmp_path / 'b'} -> null",
         ],
     )
+
+
+def test_the_folder_of_the_checkpoints_is_kept_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    enter(config_of(Path("run"), "checkpoint.folder=kept/here"))
+    assert load_config(tmp_path / "run" / "config.yaml").checkpoint.folder == str(tmp_path / "kept" / "here")
+
+
+def test_a_longer_run_is_noted_and_its_learning_rate_not_compared(tmp_path: Path) -> None:
+    start(config_of(tmp_path))
+    commit(tmp_path, 4)
+    longer = config_of(tmp_path, "duration={steps: 20}")
+    _, said, found = start(longer, restored_step=4)
+    assert said == [
+        "changed since the last attempt: duration: {steps: 12} -> {steps: 20}: the learning rate changes from step 4 "
+        "on; steps already made stay as they are"
+    ]
+    assert not compares(found, tmp_path)
+    # It was killed before it saved: the checkpoint is still of the shorter run.
+    assert start(longer, restored_step=4)[1:] == ([], dataclasses.replace(found, changes=()))
+    # Now it has saved.
+    commit(tmp_path, 8)
+    assert compares(start(longer, restored_step=8)[2], tmp_path)
+    # The newest one was damaged, so that the old one counts again.
+    (tmp_path / "checkpoints" / "step-000000008").rename(tmp_path / "checkpoints" / "damaged-step-000000008")
+    assert not compares(start(longer, restored_step=4)[2], tmp_path)
+    assert [record["restored_step"] for record in attempts(tmp_path)] == [None, 4, 4, 8, 4]
+
+
+def test_a_change_that_was_taken_back_before_a_checkpoint_is_none(tmp_path: Path) -> None:
+    start(config_of(tmp_path))
+    commit(tmp_path, 4)
+    start(config_of(tmp_path, "schedule.final_lr=1e-5"), restored_step=4)
+    _, said, found = start(config_of(tmp_path), restored_step=4)
+    assert said == [
+        "changed since the last attempt: schedule.final_lr: 1e-05 -> 0.0: this comes to the same learning rates"
+    ]
+    assert compares(found, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "same_lr"),
+    [
+        ("duration={examples: 192}", True),
+        ("duration={steps: 13}", False),
+        ("schedule.warmup={steps: 3}", True),
+        ("schedule.warmup={steps: 4}", False),
+        ("schedule.decay=linear", False),
+        ("schedule.final_lr=1e-5", False),
+        ("optim.lr=2e-3", False),
+        ("optim.betas=[0.8, 0.9]", True),
+        ("data.workers=3", True),
+    ],
+)
+def test_the_learning_rate_is_compared_unless_it_was_changed(tmp_path: Path, override: str, same_lr: bool) -> None:
+    enter(config_of(tmp_path))
+    commit(tmp_path, 4)
+    allowed = [override.partition("=")[0]] if override.startswith("optim") else []
+    assert compares(start(config_of(tmp_path, override), *allowed)[2], tmp_path) == same_lr
+
+
+def test_a_run_cannot_become_shorter_than_it_is(tmp_path: Path) -> None:
+    enter(config_of(tmp_path))
+    commit(tmp_path, 8)
+    with pytest.raises(ConfigError) as caught:
+        enter(config_of(tmp_path, "duration={steps: 7}"))
+    assert str(caught.value) == (
+        f"duration: 7 steps comes to 7 steps, but the run in {tmp_path} has made 8 already; give 8 steps or more, or "
+        f"choose another folder with run=..."
+    )
+    assert start(config_of(tmp_path, "duration={steps: 8}"))[0] == 2
+
+
+def test_another_number_of_ranks_is_noted_and_recorded(tmp_path: Path) -> None:
+    enter(config_of(tmp_path), world_size=2)
+    commit(tmp_path, 4)
+    said = "world_size: 2 -> 4: the same global batches, summed in another order and with other dropout masks"
+    assert enter(config_of(tmp_path), world_size=4) == (2, [f"changed since the last attempt: {said}"])
+    changed = {"key": "world_size", "change": "world_size: 2 -> 4", "forced": False}
+    assert attempts(tmp_path)[1]["changed"] == [changed]
+    assert enter(config_of(tmp_path), world_size=4) == (3, [])
+
+
+def test_a_forced_change_is_said_loudly_recorded_and_stays_in_the_command(tmp_path: Path) -> None:
+    enter(config_of(tmp_path))
+    commit(tmp_path, 4)
+    forced = config_of(tmp_path, "optim.betas=[0.8, 0.9]", "log.every={steps: 2}")
+    _, said, found = start(forced, "optim", restored_step=4)
+    assert said[0].startswith("FORCED by --allow-change: optim.betas: [0.9, 0.999] -> [0.8, 0.9]: the optimizer's rule")
+    assert "from step 4 on" in said[0]
+    assert [change["key"] for change in attempts(tmp_path)[1]["changed"] if change["forced"]] == ["optim.betas"]
+    assert [change["key"] for change in attempts(tmp_path)[1]["changed"]] == ["optim.betas", "log.every"]
+    assert not found.free_data
+    # A job that is put back into the queue gives the same command.
+    assert start(forced, "optim", restored_step=4)[:2] == (3, [])
+    with pytest.raises(ConfigError, match="--allow-change seed: no such key has changed and needs it"):
+        start(forced, "seed", restored_step=4)
+
+
+def test_what_cannot_change_cannot_be_forced(tmp_path: Path) -> None:
+    enter(config_of(tmp_path))
+    commit(tmp_path, 4)
+    for override in ("global_batch_size=32", "model.depth=3", "model.num_heads=4", "data.image_size=16"):
+        key = override.partition("=")[0]
+        with pytest.raises(ConfigError, match=rf"  {key}: .*\n    cannot change: ") as caught:
+            start(config_of(tmp_path, override), key)
+        assert "--allow-change" not in str(caught.value)
+
+
+def test_another_content_of_the_data_is_refused_unless_forced(tmp_path: Path) -> None:
+    enter(config_of(tmp_path))
+    checkpoint, other = commit(tmp_path, 4), "b" * 64
+    with pytest.raises(CheckpointError) as caught:
+        start(config_of(tmp_path), data=other)
+    assert str(caught.value).startswith(f"{checkpoint}: was trained on other data: another content of the shards, or")
+    assert str(caught.value).endswith("or, if this is meant, add --allow-change data.train")
+    _, said, found = start(config_of(tmp_path), "data.train", data=other, restored_step=4)
+    assert said == [
+        "FORCED by --allow-change: data.train: content aaaaaaaaaaaa -> bbbbbbbbbbbb: the training images change from "
+        "step 4 on; epochs count as if all steps before had been made on these"
+    ]
+    assert found.free_data
+    # Killed before it saved; with and without the option, the checkpoint is that of the former images.
+    for allowed in (["data.train"], []):
+        _, said, found = start(config_of(tmp_path), *allowed, data=other, restored_step=4)
+        assert (said, found.free_data) == ([], True)
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        start(config_of(tmp_path), data="c" * 64)
+    commit(tmp_path, 8, data=other)
+    # An older checkpoint, of the former images, may have to stand in for this one.
+    assert start(config_of(tmp_path), "data.train", data=other, restored_step=8)[2].free_data
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        start(config_of(tmp_path), restored_step=8)
+
+
+def test_data_of_another_size_that_are_forced_change_the_learning_rate_too(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "duration={epochs: 2}")
+    start(config)
+    commit(tmp_path, 4)
+    assert not compares(start(config, "data.train", data="b" * 64, samples=3000)[2], tmp_path)
+
+
+def test_an_allowance_of_a_run_without_a_checkpoint_is_not_needed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="changed since the last attempt: nothing; of this"):
+        start(config_of(tmp_path), "seed")
+    enter(config_of(tmp_path))
+    with pytest.raises(ConfigError, match=r"changed since the last attempt: seed; of this, .* is for: nothing"):
+        start(config_of(tmp_path, "seed=1"), "seed")
+
+
+def test_a_checkpoint_whose_manifest_is_damaged_still_makes_the_run(tmp_path: Path) -> None:
+    enter(config_of(tmp_path))
+    (commit(tmp_path, 4) / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="from step 4 on"):
+        enter(config_of(tmp_path, "seed=1"))
+    # An older one that is whole is the one that would be loaded.
+    commit(tmp_path, 2)
+    with pytest.raises(ConfigError, match="from step 2 on"):
+        enter(config_of(tmp_path, "seed=1"))
+
+
+def test_a_checkpoint_that_must_be_there_or_must_not(tmp_path: Path) -> None:
+    run, config = tmp_path / "run", config_of(tmp_path / "run")
+    must, never = ResumePolicy(Resume.MUST), ResumePolicy(Resume.NEVER)
+    with pytest.raises(ConfigError) as caught:
+        check_policy(config, must)
+    assert str(caught.value) == (
+        f"--resume must: there is no checkpoint in {run / 'checkpoints'}; check run=... and checkpoint.folder, or "
+        f"leave --resume out to begin a run there"
+    )
+    assert not run.exists()
+    for policy in (never, AUTO):
+        check_policy(config, policy)
+    assert start(config, resume=Resume.NEVER)[0] == 1
+    commit(run, 4)
+    commit(run, 8)
+    with pytest.raises(ConfigError) as caught:
+        start(config, resume=Resume.NEVER)
+    assert str(caught.value) == (
+        f"--resume never: {run / 'checkpoints'} holds 2 checkpoints, the newest being step-000000008; choose another "
+        f"folder with run=..., or leave --resume out to continue that run"
+    )
+    assert start(config, resume=Resume.MUST, restored_step=8)[0] == 2
+    elsewhere = config_of(run, f"checkpoint.folder={tmp_path / 'kept'}")
+    with pytest.raises(ConfigError, match=re.escape(f"no checkpoint in {tmp_path / 'kept'}; check run=...")):
+        check_policy(elsewhere, must)
+    check_policy(elsewhere, never)
+
+
+def test_damage_that_is_found_late_does_not_start_anew_what_must_continue(tmp_path: Path) -> None:
+    enter(config_of(tmp_path))
+    commit(tmp_path, 4)
+    before = (tmp_path / "attempts.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"--resume must: no checkpoint in .*/checkpoints is complete, and the"):
+        start(config_of(tmp_path), resume=Resume.MUST, restored_step=None)
+    assert (tmp_path / "attempts.jsonl").read_bytes() == before
 
 
 def test_a_run_that_another_attempt_trains_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,3 +599,53 @@ def test_numbers_that_are_not_finite_are_null_as_json_has_none(tmp_path: Path) -
     records.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.5, "mfu": null}\n'
+
+
+def test_an_older_checkpoint_is_judged_by_its_own_attempt(tmp_path: Path) -> None:
+    start(config_of(tmp_path))
+    commit(tmp_path, 4)
+    longer = config_of(tmp_path, "duration={steps: 20}")
+    start(longer, restored_step=4)
+    commit(tmp_path, 8)
+    # Step 8 may turn out to be damaged only when it is read.
+    assert start(longer, restored_step=8)[2].same_lr_steps == {8}
+
+
+def test_data_that_were_forced_once_may_differ_in_an_older_checkpoint(tmp_path: Path) -> None:
+    start(config_of(tmp_path))
+    commit(tmp_path, 4)
+    start(config_of(tmp_path), "data.train", data="b" * 64, restored_step=4)
+    commit(tmp_path, 8, data="b" * 64)
+    assert start(config_of(tmp_path), data="b" * 64, restored_step=8)[2].free_data
+    # Nobody has allowed anything else.
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        start(config_of(tmp_path), data="c" * 64)
+
+
+def test_checkpoints_that_lie_elsewhere_are_not_forgotten(tmp_path: Path) -> None:
+    enter(config_of(tmp_path))
+    commit(tmp_path, 4)
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder: the checkpoints of this run, the newest .* lie in"):
+        enter(config_of(tmp_path, f"checkpoint.folder={tmp_path / 'elsewhere'}"))
+    assert attempts(tmp_path)[-1]["attempt"] == 1
+
+
+def test_records_wait_for_room_on_the_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = StepRecords(path, restored_step=0)
+    records.append({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        for step in (2, 3):
+            records.append({"step": step})
+        with pytest.raises(OSError, match="File too large"):
+            records.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert caplog.text.count("cannot be written yet: File too large; its records are kept") == 1
+    records.append({"step": 4})
+    records.sync()
+    assert [record["step"] for record in records_in(path)] == [1, 2, 3, 4]

@@ -1,0 +1,52 @@
+"""Read all of a checkpoint and prove that it is what was saved: each block's checksum, each state's digest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+from vitscale.checkpoint.digest import part_digest
+from vitscale.checkpoint.format import Checkpoint, DamagedCheckpointError, rank_file
+from vitscale.checkpoint.reading import verify_files
+from vitscale.checkpoint.streaming import Range, stream
+
+
+def verify_checkpoint(checkpoint: Checkpoint) -> Iterator[int]:
+    """Verify a checkpoint, giving the bytes that were read since the last time.
+
+    The fragments are found and read as a restore finds and reads them, each once.
+
+    Raises:
+        DamagedCheckpointError: at the first fault, with its file and byte.
+        CheckpointError: it is out of reach.
+    """
+    saved = {kind: int(digest, 16) for kind, digest in checkpoint.content["digests"].items()}
+    found = dict.fromkeys(saved, 0)
+    ranks = {rank_file(rank): rank for rank in range(len(checkpoint.records))}
+    for record in checkpoint.records:
+        left = record.size
+        ranges = _ranges(checkpoint, ranks[record.name], sorted(saved)) if record.name in ranks else []
+        for name, kind, start, values in stream(checkpoint, ranges):
+            found[kind] = (found[kind] + part_digest(name, kind, start, values)) % 2**64
+            left -= values.nbytes
+            yield values.nbytes
+        if not ranges:
+            # A rank that owned nothing: its file is a header.
+            for _ in verify_files(checkpoint, [record]):
+                pass
+        yield left
+    wrong = sorted(kind for kind in saved if found[kind] != saved[kind])
+    if wrong:
+        raise DamagedCheckpointError(f"its files are unchanged, but the digest of {', '.join(wrong)} is another one")
+
+
+def _ranges(checkpoint: Checkpoint, rank: int, kinds: Sequence[str]) -> list[Range]:
+    """What a rank's file holds."""
+    ranges = []
+    for name, shape in checkpoint.shapes.items():
+        layout = checkpoint.layout(name)
+        low = max(0, rank * layout.size - layout.offset)
+        high = min(prod(shape), (rank + 1) * layout.size - layout.offset)
+        if low < high:
+            ranges += [Range(name, kind, low, high - low) for kind in kinds]
+    return ranges
