@@ -43,6 +43,8 @@ class Identity:
     """Of the training data."""
     classes: Sequence[str] | None
     """Names of the head's outputs, for whoever evaluates a checkpoint."""
+    config: str = ""
+    """The configuration as YAML, without passwords: for people, nothing depends on it."""
     free_data: bool = False
     """Whether another data digest is accepted, since the user said so."""
 
@@ -108,6 +110,7 @@ class Checkpoints:
                 "classes": None if self._identity.classes is None else list(self._identity.classes),
                 "world_size": self._engine.world_size,
                 "zero_stage": self._engine.zero_optimization_stage(),
+                "config": self._identity.config,
                 "vitscale_version": __version__,
                 "created_unix_s": int(time.time()),
             }

@@ -21,10 +21,12 @@ from vitscale.checkpoint.retention import Retention
 from vitscale.checkpoint.state import TrainState
 from vitscale.checkpoint.store import CheckpointStore
 from vitscale.config.duration import is_due
+from vitscale.config.reference import dump_config
 from vitscale.config.schema import TrainConfig
 from vitscale.data.manifest import Manifest
 from vitscale.data.mixing import Mixture
 from vitscale.data.shard_set import open_evaluation_set, open_training_data
+from vitscale.data.storage.drivers import without_secrets
 from vitscale.distributed import Ranks, connect
 from vitscale.errors import Interrupted, VitscaleError, on_every_rank
 from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches
@@ -79,7 +81,7 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
             CheckpointStore(checkpoint_folder(config.run, config.checkpoint), ranks, retention),
             engine,
             ranks,
-            Identity(train_set.digest, train_set.classes, start.free_data),
+            Identity(train_set.digest, train_set.classes, without_secrets(dump_config(config)), start.free_data),
             averages=average.partitions if average else None,
             tolerated_failures=config.checkpoint.tolerate_failures,
         )

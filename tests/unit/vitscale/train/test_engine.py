@@ -201,7 +201,7 @@ def _state_of(engine: Any) -> dict[str, torch.Tensor]:
     # ZeRO 3 holds parts of the working parameters, whole ones only while it computes with them.
     whole = {} if engine.zero_optimization_stage() == 3 else dict(engine.module.named_parameters())
     working = {f"working|{name}": parameter.detach().clone() for name, parameter in whole.items()}
-    return {f.key: f.values.clone() for f in fragments(engine)} | working | {"steps": steps}
+    return {f"{f.name}|{f.kind}|{f.start}": f.values.clone() for f in fragments(engine)} | working | {"steps": steps}
 
 
 def _nan_is_skipped(topology: Topology, stage: int, precision: str, bad: float) -> None:
