@@ -35,7 +35,7 @@ PLAIN = (
 )
 
 
-@pytest.mark.parametrize("nproc", [3, 1])
+@pytest.mark.parametrize("nproc", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_goes_on_from_s3(s3: S3Server, digits: Path, tmp_path: Path, nproc: int) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     run_ranks(train_and_stop, 2, overrides(digits, whole, *PLAIN), None)
