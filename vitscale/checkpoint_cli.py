@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitscale.checkpoint.choices import Choice, Format, Precision, Weights
+from vitscale.checkpoint.choices import Choice, Precision, Weights
+from vitscale.weights.choices import WeightFormat
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -153,8 +154,8 @@ def export(
     step: Annotated[int | None, typer.Option(help="Checkpoint to take; the newest complete one by default.")] = None,
     weights: WeightsOption = Weights.RAW,
     format: Annotated[
-        Format, typer.Option(help="Names and layout: ours, or those of another library or of a paper's release.")
-    ] = Format.SAFETENSORS,
+        WeightFormat, typer.Option(help="Names and layout: ours, or those of another library or of a paper's release.")
+    ] = WeightFormat.SAFETENSORS,
     precision: Annotated[Precision, typer.Option(help="Of the numbers in the file.")] = Precision.FP32,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:

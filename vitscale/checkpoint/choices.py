@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from vitscale.checkpoint.format import AVERAGE, MASTER, Checkpoint
 from vitscale.errors import CheckpointError
+from vitscale.weights.choices import WeightFormat
 
 
 class Weights(StrEnum):
@@ -16,18 +17,6 @@ class Weights(StrEnum):
     """The fp32 master weights, with which training goes on."""
     EMA = "ema"
     """Their exponential moving average."""
-
-
-class Format(StrEnum):
-    """What an export writes."""
-
-    SAFETENSORS = "safetensors"
-    NPZ = "npz"
-    BIG_VISION = "big_vision"
-    TIMM = "timm"
-    HF = "hf"
-    BIT = "bit"
-    T2T = "t2t"
 
 
 class Precision(StrEnum):
@@ -42,7 +31,7 @@ class Choice:
     """What is exported, and how."""
 
     weights: Weights = Weights.RAW
-    format: Format = Format.SAFETENSORS
+    format: WeightFormat = WeightFormat.SAFETENSORS
     precision: Precision = Precision.FP32
 
 

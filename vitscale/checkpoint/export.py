@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint.choices import Choice, Format, Precision, weights_kind
+from vitscale.checkpoint.choices import Choice, Precision, weights_kind
 from vitscale.checkpoint.format import BUFFER, Checkpoint, DamagedCheckpointError
 from vitscale.checkpoint.streaming import Range, stream
 from vitscale.config.schema import ModelConfig
@@ -69,13 +69,13 @@ def export(
     """
     kind = weights_kind(checkpoint, choice.weights)
     naming = _naming(checkpoint, choice, model)
-    file = out / HF_WEIGHTS if choice.format is Format.HF else out
+    file = out / HF_WEIGHTS if choice.format is WeightFormat.HF else out
     _check_free(out, choice.format, force=force)
     metadata = _metadata(checkpoint, choice, model, run)
     dtype = torch.float32 if choice.precision is Precision.FP32 else torch.bfloat16
     tensors = _tensors(checkpoint, kind, advance)
     try:
-        if choice.format is Format.HF:
+        if choice.format is WeightFormat.HF:
             assert model is not None
             assert isinstance(model.shape, VitShape)
             out.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def export(
         with published(file) as opened:
             shapes = checkpoint.shapes | checkpoint.buffers
             dtypes = dict.fromkeys(checkpoint.shapes, dtype) | {name: _buffer_type(name) for name in checkpoint.buffers}
-            write_tensors(opened, WeightFormat(choice.format), naming, tensors, metadata, shapes, dtypes)
+            write_tensors(opened, choice.format, naming, tensors, metadata, shapes, dtypes)
         sync_folder(file.parent)
     except DamagedCheckpointError as error:
         raise CheckpointError(f"{checkpoint.shown}: is damaged ({error}); take another one with --step") from error
@@ -96,7 +96,7 @@ def export(
         ) from error
     if model is None:
         return []
-    return caveats(WeightFormat(choice.format), model.config, model.shape.image_hw)
+    return caveats(choice.format, model.config, model.shape.image_hw)
 
 
 def _buffer_type(name: str) -> torch.dtype:
@@ -106,25 +106,25 @@ def _buffer_type(name: str) -> torch.dtype:
 
 def _naming(checkpoint: Checkpoint, choice: Choice, model: Model | None) -> Naming:
     names = [*checkpoint.shapes, *checkpoint.buffers]
-    if model is None and choice.format not in (Format.SAFETENSORS, Format.TIMM):
+    if model is None and choice.format not in (WeightFormat.SAFETENSORS, WeightFormat.TIMM):
         raise ConfigError(
             f"--format {choice.format} must know the model, which config.yaml of the run tells; give the run "
-            f"folder, or take --format {Format.SAFETENSORS} or {Format.TIMM}"
+            f"folder, or take --format {WeightFormat.SAFETENSORS} or {WeightFormat.TIMM}"
         )
-    if WeightFormat(choice.format) in NUMPY_FORMATS and choice.precision is not Precision.FP32:
+    if choice.format in NUMPY_FORMATS and choice.precision is not Precision.FP32:
         raise ConfigError(
             f"--precision {choice.precision}: NumPy has no such numbers; take --precision {Precision.FP32} or "
-            f"--format {Format.SAFETENSORS}"
+            f"--format {WeightFormat.SAFETENSORS}"
         )
     if model is not None:
-        return format_naming(names, WeightFormat(choice.format), model.config, model.shape.image_hw)
-    return own_names(names) if choice.format is Format.SAFETENSORS else timm_names(names)
+        return format_naming(names, choice.format, model.config, model.shape.image_hw)
+    return own_names(names) if choice.format is WeightFormat.SAFETENSORS else timm_names(names)
 
 
-def _check_free(out: Path, format: Format, *, force: bool) -> None:
+def _check_free(out: Path, format: WeightFormat, *, force: bool) -> None:
     there = out.is_dir() and any((out / name).exists() for name in (HF_WEIGHTS, HF_CONFIG))
-    if out.is_dir() != (format is Format.HF) and out.exists():
-        needed, found = ("folder", "file") if format is Format.HF else ("file", "folder")
+    if out.is_dir() != (format is WeightFormat.HF) and out.exists():
+        needed, found = ("folder", "file") if format is WeightFormat.HF else ("file", "folder")
         raise CheckpointError(f"{out}: is a {found}, but --format {format} writes a {needed}; choose another name")
     if not force and (there or out.is_file()):
         raise CheckpointError(f"{out}: exists; choose another name, or replace it with --force")

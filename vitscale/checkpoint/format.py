@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,13 +116,6 @@ def rank_file(rank: int) -> str:
 def fragment_key(parameter: str, kind: str, start: int) -> str:
     """Name of a fragment in its file."""
     return f"{parameter}|{kind}|{start}"
-
-
-def safetensors_header(entries: Mapping[str, Any]) -> bytes:
-    """Its length in 8 bytes, and JSON that is padded with spaces so that data are aligned."""
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text
 
 
 def other_data(checkpoint: Checkpoint) -> CheckpointError:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vitscale.checkpoint.digest import add_digest
-from vitscale.checkpoint.format import BLOCK_BYTES, fragment_key, safetensors_header
+from vitscale.checkpoint.format import BLOCK_BYTES, fragment_key
 from vitscale.checkpoint.fragments import Fragment
+from vitscale.tensor_file import safetensors_header
 
 
 class Snapshot:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitscale.config.schema import ModelConfig
-from vitscale.models.bit_shapes import IMAGE_CHANNELS, ROOT_KERNEL, BitShape, Bottleneck, bottlenecks
+from vitscale.models.bit_shapes import ROOT_KERNEL, BitShape, Bottleneck, bottlenecks
+from vitscale.models.families import IMAGE_CHANNELS
 from vitscale.models.init import generator_of, lecun_normal
 from vitscale.models.resnet_layers import GROUPS, MaxPoolZeros, Stage, StdConv2d
 

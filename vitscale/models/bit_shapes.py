@@ -9,9 +9,8 @@ from difflib import SequenceMatcher
 
 from vitscale.config.schema import ModelConfig
 from vitscale.errors import ConfigError
-from vitscale.models.families import check_image_size, refuse_unused
+from vitscale.models.families import IMAGE_CHANNELS, check_image_size, refuse_unused
 
-IMAGE_CHANNELS = 3
 ROOT_WIDTH = 64
 """Channels of the first convolution at width factor 1."""
 ROOT_KERNEL = 7

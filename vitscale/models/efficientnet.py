@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from vitscale.config.schema import ModelConfig
 from vitscale.models.batch_norm import BatchNorm, checkpoint_block
 from vitscale.models.efficientnet_shapes import (
-    IMAGE_CHANNELS,
     STEM_KERNEL,
     STEM_STRIDE,
     BlockShape,
     EfficientNetShape,
 )
+from vitscale.models.families import IMAGE_CHANNELS
 from vitscale.models.init import generator_of
 from vitscale.models.resnet_layers import same_padding
 

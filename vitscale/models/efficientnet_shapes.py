@@ -14,9 +14,8 @@ from difflib import SequenceMatcher
 
 from vitscale.config.schema import ModelConfig
 from vitscale.errors import ConfigError
-from vitscale.models.families import check_image_size, refuse_unused
+from vitscale.models.families import IMAGE_CHANNELS, check_image_size, refuse_unused
 
-IMAGE_CHANNELS = 3
 STEM_WIDTH, STEM_KERNEL, STEM_STRIDE = 32, 3, 2
 FEATURE_WIDTH = 1280
 WIDTH_DIVISOR = 8

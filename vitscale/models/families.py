@@ -7,6 +7,7 @@ import dataclasses
 from vitscale.config.schema import ModelConfig
 from vitscale.errors import ConfigError
 
+IMAGE_CHANNELS = 3
 ALWAYS_USED = frozenset({"variant", "num_classes", "head_bias"})
 
 
@@ -31,6 +32,27 @@ def refuse_unused(config: ModelConfig, *, used: frozenset[str]) -> None:
             f"model.variant {config.variant!r} has no use for {', '.join(idle)}; it listens to {honoured}; leave the "
             "others out"
         )
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """Refuse a width that the heads cannot share.
+
+    Raises:
+        ConfigError: names the nearest numbers of heads that can.
+    """
+    if embed_dim % num_heads == 0:
+        return
+    divisors = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0]
+    nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_heads))[:2])
+    raise ConfigError(
+        f"model.embed_dim {embed_dim} is not divisible by model.num_heads {num_heads}; every head takes "
+        f"an equal part; set model.num_heads to {' or '.join(map(str, nearest))}, or another model.embed_dim"
+    )
+
+
+def dense(inputs: int, outputs: int) -> int:
+    """Learned numbers of a dense layer with biases."""
+    return (inputs + 1) * outputs
 
 
 def check_image_size(variant: str, image_hw: tuple[int, int]) -> None:

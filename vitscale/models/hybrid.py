@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitscale.models.bit_shapes import IMAGE_CHANNELS, ROOT_KERNEL, Bottleneck, bottlenecks
+from vitscale.models.bit_shapes import ROOT_KERNEL, Bottleneck, bottlenecks
+from vitscale.models.families import IMAGE_CHANNELS
 from vitscale.models.hybrid_shapes import StemShape
 from vitscale.models.init import generator_of, lecun_normal
 from vitscale.models.resnet_layers import GROUPS, MaxPoolSame, Stage, StdConv2d

@@ -17,8 +17,9 @@ from vitscale.config.schema import ModelConfig
 from vitscale.kernels.attention import attention, attention_varlen
 from vitscale.kernels.qk_norm import QkNorm
 from vitscale.kernels.reference import split_heads, statistics_dtype
+from vitscale.models.families import IMAGE_CHANNELS
 from vitscale.models.positions import RelativeKeys
-from vitscale.models.vit_shapes import IMAGE_CHANNELS, VitShape
+from vitscale.models.vit_shapes import VitShape
 
 Gelu = Literal["tanh", "erf"]
 Span = Literal["full", "row", "column"]

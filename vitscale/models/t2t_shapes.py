@@ -9,13 +9,12 @@ from typing import Literal
 
 from vitscale.config.schema import ModelConfig
 from vitscale.errors import ConfigError
-from vitscale.models.families import refuse_unused
+from vitscale.models.families import IMAGE_CHANNELS, check_heads, dense, refuse_unused
 
 Tokens = Literal["performer", "transformer"]
 Grid = tuple[int, int]
 """Positions down and across."""
 
-IMAGE_CHANNELS = 3
 TOKEN_DIM = 64
 """Width of a token between two soft splits (models/t2t_vit.py of the release)."""
 RANDOM_FEATURES = 32
@@ -127,13 +126,13 @@ class T2tShape:
     def num_parameters(self) -> int:
         """Learned numbers, head included."""
         width = self.embed_dim
-        tokens_to_token = self._token_layer(FIRST_DIM) + self._token_layer(SECOND_DIM) + _dense(SECOND_DIM, width)
-        attention = width * 3 * width + _dense(width, width)
-        mlp = _dense(width, self.mlp_dim) + _dense(self.mlp_dim, width)
+        tokens_to_token = self._token_layer(FIRST_DIM) + self._token_layer(SECOND_DIM) + dense(SECOND_DIM, width)
+        attention = width * 3 * width + dense(width, width)
+        mlp = dense(width, self.mlp_dim) + dense(self.mlp_dim, width)
         norm = 2 * width
         class_token = width
         blocks = self.depth * (2 * norm + attention + mlp)
-        return tokens_to_token + class_token + blocks + norm + _dense(width, self.num_classes)
+        return tokens_to_token + class_token + blocks + norm + dense(width, self.num_classes)
 
     @property
     def num_fixed(self) -> int:
@@ -159,7 +158,7 @@ class T2tShape:
         """Learned numbers of one layer between two soft splits."""
         bias = 3 * TOKEN_DIM if self.tokens == "performer" else 0
         norms = 2 * inputs + 2 * TOKEN_DIM
-        return norms + inputs * 3 * TOKEN_DIM + bias + 3 * _dense(TOKEN_DIM, TOKEN_DIM)
+        return norms + inputs * 3 * TOKEN_DIM + bias + 3 * dense(TOKEN_DIM, TOKEN_DIM)
 
     def _token_layer_products(self, tokens: int, inputs: int) -> int:
         """Multiply-adds of one layer between two soft splits."""
@@ -169,10 +168,6 @@ class T2tShape:
         else:
             mixing = 2 * tokens**2 * TOKEN_DIM
         return tokens * (inputs * 3 * TOKEN_DIM + 3 * TOKEN_DIM**2) + mixing
-
-
-def _dense(inputs: int, outputs: int) -> int:
-    return (inputs + 1) * outputs
 
 
 def resolve(config: ModelConfig, image_hw: tuple[int, int]) -> T2tShape:
@@ -189,7 +184,7 @@ def resolve(config: ModelConfig, image_hw: tuple[int, int]) -> T2tShape:
     refuse_unused(config, used=USED)
     embed_dim = config.embed_dim or size.embed_dim
     num_heads = config.num_heads or size.num_heads
-    _check_heads(embed_dim, num_heads)
+    check_heads(embed_dim, num_heads)
     _check_image(image_hw, config.variant)
     return T2tShape(
         variant=config.variant,
@@ -215,17 +210,6 @@ def _parse_variant(variant: str) -> Size:
 
 def _folded(variant: str) -> str:
     return variant.casefold().replace("_", "-")
-
-
-def _check_heads(embed_dim: int, num_heads: int) -> None:
-    if embed_dim % num_heads == 0:
-        return
-    divisors = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0]
-    nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_heads))[:2])
-    raise ConfigError(
-        f"model.embed_dim {embed_dim} is not divisible by model.num_heads {num_heads}; every head takes "
-        f"an equal part; set model.num_heads to {' or '.join(map(str, nearest))}, or another model.embed_dim"
-    )
 
 
 def _check_image(image_hw: tuple[int, int], variant: str) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitscale.kernels.attention import Backend, attention
+from vitscale.models.families import IMAGE_CHANNELS
 from vitscale.models.layers import Mlp
 from vitscale.models.t2t_shapes import (
     FIRST_DIM,
-    IMAGE_CHANNELS,
     RANDOM_FEATURES,
     SECOND_DIM,
     SPLITS,

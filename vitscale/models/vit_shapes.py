@@ -12,11 +12,9 @@ from itertools import takewhile
 
 from vitscale.config.schema import ModelConfig
 from vitscale.errors import ConfigError
-from vitscale.models.families import refuse_unused
+from vitscale.models.families import IMAGE_CHANNELS, check_heads, dense
 from vitscale.models.hybrid_shapes import StemShape, parse_hybrid
 from vitscale.models.vit_options import check_axial, check_masked_patches, check_position
-
-IMAGE_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,6 @@ VARIANTS: tuple[str, ...] = tuple(f"ViT-{name}" for name in _PUBLISHED.split())
 
 # What may be meant for one of them: a size's name alone, too.
 _LIKE_VIT = re.compile(rf"vit|deit|(?:{'|'.join(map(re.escape, SIZES))})[/-]", re.IGNORECASE)
-
-# Keys of the configuration that have a meaning here: all that there are today.
-_USED = frozenset(
-    {"depth", "embed_dim", "num_heads", "mlp_dim", "pool", "registers", "position", "position_at", "attention_span"}
-    | {"block", "qk_norm", "qkv_bias", "representation_layer", "dropout", "stochastic_depth", "gelu", "layer_norm_eps"}
-    | {"head", "activation_checkpointing", "attention"}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +130,13 @@ class VitShape:
     def num_parameters(self) -> int:
         """Learned numbers, head included."""
         width = self.embed_dim
-        embedding = _dense(self.patch_dim, width) + self.num_prefix * width
+        embedding = dense(self.patch_dim, width) + self.num_prefix * width
         embedding += self.stem.num_parameters if self.stem is not None else 0
         embedding += width * self.masked_patches
         positions = self._position_parameters * (self.depth if self.position_at == "every_block" else 1)
         blocks = self.depth * sum(self._block_parameters(span) for span in self.spans)
-        representation = _dense(width, width) if self.representation_layer else 0
-        head = self._pool_parameters + representation + _dense(width, self.num_classes)
+        representation = dense(width, width) if self.representation_layer else 0
+        head = self._pool_parameters + representation + dense(width, self.num_classes)
         return embedding + positions + blocks + 2 * width + head
 
     @property
@@ -162,7 +153,7 @@ class VitShape:
 
     def _block_parameters(self, span: int) -> int:
         width = self.embed_dim
-        attention = _dense(width, 3 * width) + _dense(width, width) - (0 if self.qkv_bias else 3 * width)
+        attention = dense(width, 3 * width) + dense(width, width) - (0 if self.qkv_bias else 3 * width)
         attention += 2 * self.head_dim * self.qk_norm
         attention += (2 * span - 1) * self.head_dim if self.position == "relative" else 0
         norms = 2 * width * (1 if self.parallel else 2)
@@ -170,13 +161,13 @@ class VitShape:
 
     @property
     def _mlp_parameters(self) -> int:
-        return _dense(self.embed_dim, self.mlp_dim) + _dense(self.mlp_dim, self.embed_dim)
+        return dense(self.embed_dim, self.mlp_dim) + dense(self.mlp_dim, self.embed_dim)
 
     @property
     def _pool_parameters(self) -> int:
         width = self.embed_dim
         # The query; its projection, that of keys and values, that of the output; the norm; the MLP.
-        attention = width + 2 * _dense(width, width) + _dense(width, 2 * width) + 2 * width
+        attention = width + 2 * dense(width, width) + dense(width, 2 * width) + 2 * width
         return attention + self._mlp_parameters if self.map_pool else 0
 
     @property
@@ -209,10 +200,6 @@ class VitShape:
         return products if self.map_pool else 0
 
 
-def _dense(inputs: int, outputs: int) -> int:
-    return (inputs + 1) * outputs
-
-
 def resolve(config: ModelConfig, image_hw: tuple[int, int]) -> VitShape:
     """The variant's dimensions with the configuration's own ones in their place.
 
@@ -223,11 +210,10 @@ def resolve(config: ModelConfig, image_hw: tuple[int, int]) -> VitShape:
     Raises:
         ConfigError: unknown variant, dimensions that do not fit each other, or options that exclude each other.
     """
-    refuse_unused(config, used=_USED)
     size, patch_size, stem = _parse_variant(config.variant)
     embed_dim = config.embed_dim or size.embed_dim
     num_heads = config.num_heads or size.num_heads
-    _check_heads(embed_dim, num_heads)
+    check_heads(embed_dim, num_heads)
     check_position(config, embed_dim)
     check_axial(config)
     grid = _patch_grid(image_hw, patch_size, config.variant)
@@ -291,17 +277,6 @@ def _closest_variant(variant: str) -> str:
         return beginning, SequenceMatcher(None, *folded).ratio(), exact
 
     return max(candidates, key=likeness)
-
-
-def _check_heads(embed_dim: int, num_heads: int) -> None:
-    if embed_dim % num_heads == 0:
-        return
-    divisors = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0]
-    nearest = sorted(sorted(divisors, key=lambda heads: abs(heads - num_heads))[:2])
-    raise ConfigError(
-        f"model.embed_dim {embed_dim} is not divisible by model.num_heads {num_heads}; every head takes "
-        f"an equal part; set model.num_heads to {' or '.join(map(str, nearest))}, or another model.embed_dim"
-    )
 
 
 def _patch_grid(image_hw: tuple[int, int], patch_size: int, variant: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitscale.config.schema import ModelConfig
 from vitscale.models.shapes import VitShape
+from vitscale.tensor_file import safetensors_header
 from vitscale.weights.names import Naming, Part
 
 # What a zip file's comment may hold.
@@ -46,7 +47,7 @@ def write_safetensors(
             shape = list(part.convert(torch.empty(tuple(shapes[source]), device="meta")).shape)
             start, end = end, end + prod(shape) * dtypes[source].itemsize
             entries[part.name] = {"dtype": _TYPES[dtypes[source]], "shape": shape, "data_offsets": [start, end]}
-    file.write(_header(entries))
+    file.write(safetensors_header(entries))
     for name, _, values in _converted(naming, tensors):
         file.write(values.to(dtypes[name]).contiguous().view(-1).view(torch.uint8).numpy().data)
 
@@ -90,13 +91,6 @@ def hf_config(
         "label2id": {label: number for number, label in enumerate(labels)},
         "torch_dtype": "float32" if dtype is torch.float32 else "bfloat16",
     }
-
-
-def _header(entries: Mapping[str, Any]) -> bytes:
-    """Its length in 8 bytes, and JSON that is padded with spaces so that data are aligned."""
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _converted(naming: Naming, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Part, Tensor]]:

@@ -29,7 +29,7 @@ from tests.unit.vitscale.checkpoint.vit_run import (
     shapes_of,
     state_of,
 )
-from vitscale.checkpoint.choices import Choice, Format, Precision, Weights
+from vitscale.checkpoint.choices import Choice, Precision, Weights
 from vitscale.checkpoint.commands import choose
 from vitscale.checkpoint.export import Model, export
 from vitscale.checkpoint.folder import LocalFolder
@@ -45,6 +45,7 @@ from vitscale.errors import CheckpointError, ConfigError, WeightsError
 from vitscale.models.build import build_model
 from vitscale.models.shapes import resolve_shape
 from vitscale.models.vit import VisionTransformer, build_vit
+from vitscale.weights.choices import WeightFormat
 from vitscale.weights.formats import open_weights
 from vitscale.weights.guess import guess_model
 from vitscale.weights.load import load_weights
@@ -67,7 +68,7 @@ def model_of(config: TrainConfig) -> Model:
 def write(checkpoint: Checkpoint, out: Path, config: TrainConfig | None, *, force: bool = False, **choice: str) -> None:
     words = Choice(
         weights=Weights(choice.get("weights", "raw")),
-        format=Format(choice.get("format", "safetensors")),
+        format=WeightFormat(choice.get("format", "safetensors")),
         precision=Precision(choice.get("precision", "fp32")),
     )
     export(checkpoint, out, words, model=config and model_of(config), run="RUN", force=force)
@@ -406,7 +407,7 @@ def test_other_families_are_exported(
     model, image_hw = ModelConfig(variant=variant, num_classes=10), (32, 32)
     checkpoint, state = save_model(config, ranks, model, image_hw)
     for choice in formats:
-        words = Choice(format=Format(choice))
+        words = Choice(format=WeightFormat(choice))
         out = tmp_path / choice
         assert export(checkpoint, out, words, model=Model(model, resolve_shape(model, image_hw)), run="RUN") == []
         loaded = load_weights(out, model, image_hw).state_dict
@@ -421,7 +422,7 @@ def test_other_families_are_exported(
         export(
             checkpoint,
             tmp_path / "no",
-            Choice(format=Format(refused)),
+            Choice(format=WeightFormat(refused)),
             model=Model(model, resolve_shape(model, image_hw)),
             run="RUN",
         )

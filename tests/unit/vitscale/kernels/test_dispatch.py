@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitscale.kernels import dispatch
 from vitscale.kernels.attention import _kernel, attention, attention_varlen
-from vitscale.kernels.dispatch import choose, read_table
+from vitscale.kernels.dispatch import architecture, choose, read_table
 
 
 def row(tokens: int, ratio: float, **others: Any) -> dict[str, Any]:
@@ -136,3 +136,10 @@ def test_the_choice_compiles_into_one_graph(hopper: FakeTensorMode) -> None:
         torch.compiler.reset()
         compiled = torch.compile(chosen, fullgraph=True, backend="eager", dynamic=dynamic)
         assert [int(compiled(torch.zeros(n))[0]) for n in (64, 65, 197, 257, 258)] == [0, 1, 1, 1, 0]
+
+
+def test_the_architecture_is_marked_as_torch_marks_constants() -> None:
+    def marked() -> None: ...
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(architecture) == vars(marked) != {}
