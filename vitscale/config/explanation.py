@@ -7,7 +7,7 @@ import difflib
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic_core import ErrorDetails
 
@@ -22,7 +22,12 @@ _WANTED = {
     "tuple_type": "a list",
     "list_type": "a list",
     "dict_type": "a mapping",
+    "too_short": "a list of at least one",
+    "union_tag_not_found": "a section that says its kind",
+    "string_pattern_mismatch": "named with letters, digits and _ . - only",
 }
+# In the paths of keys, stands for the names in a mapping of sections.
+_ANY_NAME = "*"
 
 
 def explain(cls: type, document: Document, errors: Sequence[ErrorDetails]) -> None:
@@ -67,11 +72,11 @@ def _explain_check(document: Document, path: KeyPath, message: str) -> None:
 def _wrong(cls: type, document: Document, path: KeyPath, group: Sequence[ErrorDetails]) -> str:
     """What is wrong with one key. A union brings one error per member, a short list one per missing item."""
     if group[0]["type"] == "unexpected_keyword_argument":
-        return _unknown_key(_keys(cls), path)
+        return _unknown_key(_keys(cls), _general(_keys(cls), path))
     if group[0]["type"] == "missing" and isinstance(group[0]["loc"][-1], str):
         return "required, but not given; add it"
     value = group[0]["input"]
-    if value is None and _keys(cls).get(path):
+    if value is None and _keys(cls).get(_general(_keys(cls), path)):
         return "required, but empty; give it a value"
     # Where one member of a union has the right type, only its own limits are worth telling.
     limits = [error for error in group if not error["type"].endswith("_type")]
@@ -82,7 +87,9 @@ def _wrong(cls: type, document: Document, path: KeyPath, group: Sequence[ErrorDe
 def _wanted(keys: dict[KeyPath, bool], path: KeyPath, error: ErrorDetails) -> str:
     kind = error["type"]
     if kind == "dataclass_type":
-        return f"a section with keys of: {', '.join(_known(keys, path))}"
+        return f"a section with keys of: {', '.join(_known(keys, _general(keys, path)))}"
+    if kind == "union_tag_invalid":
+        return f"of a kind that there is ({error['ctx']['expected_tags']})"
     if kind == "missing":
         return f"a list of {int(error['loc'][-1]) + 1}"
     if kind == "too_long":
@@ -107,7 +114,7 @@ def _unknown_key(keys: dict[KeyPath, bool], path: KeyPath) -> str:
         return "not a key of the kind that is chosen here; remove it"
     known, unknown = _known(keys, path[:-1]), str(path[-1])
     near = difflib.get_close_matches(unknown, known, n=1) or [
-        ".".join(map(str, key)) for key in keys if key[-1] == unknown
+        ".".join(map(str, key)) for key in keys if key[-1] == unknown and _ANY_NAME not in key
     ]
     hint = f"; did you mean {' or '.join(repr(key) for key in near)}?" if near else ""
     return f"unknown key{hint} (known: {', '.join(known)})"
@@ -120,16 +127,26 @@ def _keys(cls: type) -> dict[KeyPath, bool]:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         keys[field.name,] = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        for section in _sections(hints[field.name]):
-            keys |= {(field.name, *names): required for names, required in _keys(section).items()}
+        for section, between in _sections(hints[field.name]):
+            keys |= {(field.name, *between, *names): required for names, required in _keys(section).items()}
     return keys
 
 
-def _sections(annotation: Any) -> list[type]:
-    """The sections named by an annotation, also inside unions."""
+def _general(keys: dict[KeyPath, bool], path: KeyPath) -> KeyPath:
+    """A path in a document as the path of a key, which has no names of its own in a mapping of sections."""
+    general: KeyPath = ()
+    for name in path:
+        beside = {key[len(general)] for key in keys if len(key) > len(general) and key[: len(general)] == general}
+        general += (_ANY_NAME if beside == {_ANY_NAME} else name,)
+    return general
+
+
+def _sections(annotation: Any) -> list[tuple[type, KeyPath]]:
+    """The sections named by an annotation, also inside unions and mappings, and what lies between."""
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _sections(part)]
+        return [(annotation, ())]
+    within = (_ANY_NAME,) if get_origin(annotation) is dict else ()
+    return [(found, (*within, *path)) for part in get_args(annotation) for found, path in _sections(part)]
 
 
 def _known(keys: dict[KeyPath, bool], path: KeyPath) -> list[str]:

@@ -82,7 +82,7 @@ def type_text(annotation: Any) -> str:
     if origin in (tuple, list):
         return f"[{', '.join('...' if part is ... else type_text(part) for part in parts)}]"
     if origin is dict:
-        return f"{{{type_text(parts[0])}: {type_text(parts[1])}}}"
+        return f"{{{type_text(parts[0])}: {'section' if _sections_of(parts[1]) else type_text(parts[1])}}}"
     return _TYPE_NAMES.get(annotation, str(annotation.__name__).lower())
 
 
@@ -107,6 +107,25 @@ def _section_lines(cls: type, defaults: object | None, depth: int) -> Iterator[s
             yield f"{indent}{field.name}:  # required; {type_text(inner)}"
         else:
             yield f"{indent}{field.name}: {_flow(value)}  # {type_text(inner)}"
+        if get_origin(inner) is dict:
+            for section in _sections_of(inner):
+                # In the place of two spaces, so that lines stay as short as they are.
+                yield from (f"# {line[2:]}".rstrip() for line in _example(section, depth + 1))
+
+
+def _sections_of(annotation: Any) -> list[type]:
+    """The sections named anywhere in an annotation."""
+    if _is_section(annotation):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _sections_of(part)]
+
+
+def _example(section: type, depth: int) -> Iterator[str]:
+    """A section of a mapping, under a name that the user gives."""
+    yield ""
+    yield from _comment(_summary(section), depth)
+    yield f"{'  ' * depth}NAME:"
+    yield from _section_lines(section, None, depth + 1)
 
 
 def _block(config: Any, depth: int) -> Iterator[str]:

@@ -5,19 +5,26 @@ The configuration holds what the user wrote. Derived numbers live in :class:`vit
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from vitscale.config.bounds import NonNegative, Positive, Rate, Share, Weight
 from vitscale.config.duration import Duration
+from vitscale.config.evaluators import Evaluator, EvaluatorName
 from vitscale.config.section import section
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Defaults of keys that only some settings of another key have a use for.
+CROP_AREA = (0.05, 1.0)
+CROP_ASPECT = (0.75, 1.33)
+EVAL_CROP_SHARE = 0.875
+
+
+def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a size that may be one side of a square."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 @section
@@ -50,19 +57,31 @@ class DataConfig:
 
     train: str | dict[str, Weight]
     """The training shard set: the folder or the URL (s3://, gs://, https://) that holds its index.json. Or a mixture:
-    several of them with a weight each; every global batch then has the same number of images of each set."""
+    several of them with a weight each; every global batch then has the same number of images of each set. A part of a
+    set is named as in path/train[:98%] or path/train[500:1000]."""
     eval: str | None = None
-    """The held-out shard set, one label per image. Without it, nothing is evaluated during training."""
+    """The held-out shard set, one label per image. Without it, nothing is evaluated during training. It may be a part
+    that training leaves out: path/train[98%:]."""
     image_size: Positive | tuple[Positive, Positive]
     """Input size in pixels: one side of a square, or [height, width]."""
-    crop_area: tuple[float, float] = (0.05, 1.0)
-    """Area of the random training crop as a share of the image (ViT reference input pipeline)."""
-    crop_aspect: tuple[float, float] = (0.75, 1.33)
-    """Width over height of the random training crop, drawn uniformly."""
+    crop: Literal["inception", "square", "short_side"] = "inception"
+    """Training crop. inception: of random area and aspect (ViT reference). square: the whole image is resized to
+    crop_from without keeping its aspect, then cropped at random (BiT, arXiv 1912.11370); short_side: likewise, but with
+    its aspect, so that it just covers crop_from (transfer in big_vision)."""
+    crop_from: Positive | tuple[Positive, Positive] | None = None
+    """Size in pixels from which square and short_side crop: one side, or [height, width]. BiT: 160 for an image_size of
+    128, 448 for 384."""
+    crop_area: tuple[float, float] = CROP_AREA
+    """Area of the inception crop as a share of the image (ViT reference input pipeline)."""
+    crop_aspect: tuple[float, float] = CROP_ASPECT
+    """Width over height of the inception crop, drawn uniformly."""
     flip: bool = True
     """Mirror half of the training images left to right."""
-    eval_crop_share: Annotated[float, Field(gt=0, le=1)] = 0.875
-    """Evaluation resizes the short side to image_size / eval_crop_share, then crops the centre."""
+    eval_resize: Literal["short_side", "square"] = "short_side"
+    """short_side: evaluation keeps the aspect of an image and crops the centre. square: it resizes the whole image to
+    image_size (fine-tuning in the ViT and BiT papers)."""
+    eval_crop_share: Annotated[float, Field(gt=0, le=1)] = EVAL_CROP_SHARE
+    """With short_side, evaluation resizes the short side to image_size / eval_crop_share, then crops the centre."""
     window: Positive = 64
     """Samples that are read together and shuffled among themselves."""
     lanes: Positive | None = None
@@ -90,6 +109,7 @@ class DataConfig:
             raise ValueError("train names no shard set; give one, or a mapping of sets to weights")
         if self.lanes is not None and isinstance(self.train, dict):
             raise ValueError(f"lanes ({self.lanes}) is for a single set; leave it out with a mixture")
+        self._check_crop()
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_area must be 0 < low <= high <= 1, got [{low:g}, {high:g}]")
@@ -97,10 +117,34 @@ class DataConfig:
         if not 0 < low <= high:
             raise ValueError(f"crop_aspect must be 0 < low <= high, got [{low:g}, {high:g}]")
 
+    def _check_crop(self) -> None:
+        """See that each key about a crop has an effect."""
+        if self.eval_resize == "square" and self.eval_crop_share != EVAL_CROP_SHARE:
+            raise ValueError(
+                f"eval_crop_share ({self.eval_crop_share:g}) has no effect with eval_resize square, which takes the "
+                f"whole image; leave one of them out"
+            )
+        if self.crop == "inception":
+            if self.crop_from is not None:
+                raise ValueError(f"crop_from ({self.crop_from}) is for crop square and short_side; set crop, too")
+            return
+        if self.crop_area != CROP_AREA or self.crop_aspect != CROP_ASPECT:
+            raise ValueError(f"crop_area and crop_aspect are for crop inception; leave them out with crop {self.crop}")
+        if self.crop_from is None:
+            raise ValueError(
+                f"crop {self.crop} needs crop_from, the size in pixels to crop from: 448 for an image_size of 384, 160 "
+                f"for 128 (BiT)"
+            )
+        if any(size < needed for size, needed in zip(both_sides(self.crop_from), self.image_hw, strict=True)):
+            raise ValueError(
+                f"crop_from ({self.crop_from}) is below image_size ({self.image_size}), so there is nothing to crop; "
+                f"make it as large at least"
+            )
+
     @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        return both_sides(self.image_size)
 
 
 @section
@@ -168,35 +212,63 @@ class ModelConfig:
 
 @section
 class OptimConfig:
-    """AdamW. Weight decay is torch's: multiplied by the learning rate, applied to kernels only."""
+    """The optimizer. Weight decay is torch's: multiplied by the learning rate, applied to kernels only."""
 
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """adamw: to pre-train. sgd, with momentum: to fine-tune (ViT paper, table 4), and for BiT."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate, reached at the end of the warm-up."""
     betas: tuple[Rate, Rate] = (0.9, 0.999)
-    """Decay rates of the two moments."""
+    """Decay rates of the two moments (adamw)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Term that keeps the denominator away from zero."""
+    """Term that keeps the denominator away from zero (adamw)."""
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Share of the last update that is made again (sgd)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decay of kernels; biases, LayerNorms, position embedding and class token are never decayed."""
+    """Decay of kernels; biases, LayerNorms, position embedding and class token are never decayed. With sgd it is part
+    of the gradient, so it must be said: 0 to fine-tune (ViT paper, table 4), 1e-4 in BiT's pre-training."""
     head_weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Decay of the head's kernel instead of weight_decay (3.0 in Scaling ViT, arXiv 2106.04560)."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Global gradient norm to clip to."""
     ema_decay: Rate | None = None
-    """Keep an exponential moving average of the weights (0.9999: over some 10,000 steps). It is saved with the
-    checkpoints, and what is evaluated during training."""
+    """Keep an exponential moving average of the weights (0.9999: over some 10,000 steps; Polyak averaging in the ViT
+    paper, section 4.1). It is saved with the checkpoints, and what is evaluated during training."""
+
+    def __post_init__(self) -> None:
+        idle = {"adamw": ("momentum",), "sgd": ("betas", "eps")}[self.kind]
+        if given := [name for name in idle if getattr(self, name) != getattr(OptimConfig, name)]:
+            raise ValueError(f"kind {self.kind} has no use for {' and '.join(given)}; leave them out")
+        if self.kind == "sgd" and self.weight_decay == OptimConfig.weight_decay:
+            raise ValueError(
+                f"weight_decay {self.weight_decay:g} is meant for adamw; with kind sgd it is part of the gradient, "
+                f"which momentum multiplies: set weight_decay to 0 to fine-tune, or to 1e-4 as BiT's pre-training does"
+            )
 
 
 @section
 class ScheduleConfig:
     """Learning rate over the run (ViT paper, table 3)."""
 
-    decay: Literal["cosine", "linear"] = "cosine"
-    """Shape after the warm-up."""
+    decay: Literal["cosine", "linear", "steps"] = "cosine"
+    """Shape after the warm-up. steps: constant between milestones, at each of which it is divided by factor."""
+    milestones: tuple[Share, ...] = (0.3, 0.6, 0.9)
+    """With steps: shares of the whole run, warm-up included, in growing order (BiT paper, section 3.3); none of them
+    keeps the learning rate constant."""
+    factor: Annotated[float, Field(gt=1)] = 10.0
+    """With steps: what the learning rate is divided by."""
     warmup: Duration = Duration(steps=10_000)
     """Length of the linear warm-up from 0."""
     final_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end; the reference's linear decay ends at 1e-5."""
+    """Learning rate at the end; the reference's linear decay ends at 1e-5. Not with steps."""
+
+    def __post_init__(self) -> None:
+        idle = ("final_lr",) if self.decay == "steps" else ("milestones", "factor")
+        if given := [name for name in idle if getattr(self, name) != getattr(ScheduleConfig, name)]:
+            raise ValueError(f"decay {self.decay} has no use for {' and '.join(given)}; leave them out")
+        if any(later <= earlier for earlier, later in zip(self.milestones, self.milestones[1:], strict=False)):
+            shown = ", ".join(f"{share:g}" for share in self.milestones)
+            raise ValueError(f"milestones must grow, got [{shown}]; sort them, each once")
 
 
 @section
@@ -208,10 +280,45 @@ class LossConfig:
     masked_patches: softmax over the colours of corrupted patches, for model.head masked_patches."""
     label_smoothing: Rate = 0.0
     """Share of the target that is spread over all classes (softmax only)."""
+    mixup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Blend neighbouring images of a batch and their labels; the share is drawn anew for each step from the
+    distribution Beta(mixup, mixup). 0 does not (mixup, arXiv 1710.09412; 0.1 in BiT, 0.2 to 0.8 in AugReg)."""
 
     def __post_init__(self) -> None:
+        if self.kind == "masked_patches" and self.mixup:
+            raise ValueError(f"mixup is for the losses on classes, got {self.mixup:g} with {self.kind}")
         if self.kind != "softmax" and self.label_smoothing:
             raise ValueError(f"label_smoothing is for the softmax loss, got {self.label_smoothing:g} with {self.kind}")
+
+
+@section
+class InitConfig:
+    """The weights that a run begins with, if not with random ones: fine-tuning. They are read once: what the run itself
+    has saved comes first."""
+
+    path: Path | None = None
+    """Folder of another run, file of weights in any format of 'vitscale weights', or Hugging Face folder."""
+    step: NonNegative | None = None
+    """Of another run: the checkpoint to take, the newest by default."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Of another run: its weights, or their moving average (optim.ema_decay)."""
+    resize: Literal["bilinear_align_corners", "bicubic", "bicubic_antialias"] | None = None
+    """How position and patch embeddings are resized to data.image_size: as in the ViT paper's code, as in DINO, T2T-ViT
+    and Hugging Face, or as in timm. Implementations differ, so another size is refused unless one is named."""
+    head: Literal["new", "keep"] = "new"
+    """new: a head with kernel 0 and bias model.head_bias takes the place of the old one (ViT paper, section 3.2).
+    keep: the old one goes on, for the same classes."""
+    pre_logits: Literal["drop", "keep"] = "drop"
+    """What becomes of the hidden layer before the head, if there is one: with drop, set model.representation_layer to
+    false (ViT paper, appendix D.3)."""
+
+    def __post_init__(self) -> None:
+        if self.path is not None and ":/" in str(self.path):
+            raise ValueError(f"path ({self.path}) is a URL; fetch the weights, and name the file or the folder")
+        names = ("step", "weights", "resize", "head", "pre_logits")
+        given = [name for name in names if getattr(self, name) != getattr(InitConfig, name)]
+        if self.path is None and given:
+            raise ValueError(f"{' and '.join(given)} without path say nothing; set path, or leave them out")
 
 
 @section
@@ -258,11 +365,14 @@ class CheckpointConfig:
 
 @section
 class EvaluationConfig:
-    """Top-1 and top-5 on data.eval during training."""
+    """Top-1 and top-5 on data.eval during training, and whatever else is to be measured."""
 
     every: Duration | None = None
     """Distance between two evaluations; null evaluates after the last step only. One that would come shortly before
     the last (within a quarter of the distance) is left out."""
+    evaluators: dict[EvaluatorName, Annotated[Evaluator, Field(discriminator="kind")]] = field(default_factory=dict)
+    """Further evaluations by name, each with its kind (accuracy, fewshot, knn or probe), its sets and its own cadence.
+    metrics.jsonl has their results under their names."""
 
 
 @section
@@ -289,6 +399,7 @@ class TrainConfig:
     """Images per forward pass on one rank; the gradient accumulation follows from it."""
     data: DataConfig
     model: ModelConfig
+    init: InitConfig = InitConfig()
     optim: OptimConfig
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
@@ -311,6 +422,12 @@ class TrainConfig:
                 "data.eval and evaluation.every ask for accuracies, but model.head masked_patches tells no classes; "
                 "set both to null, and measure the weights with vitscale fewshot"
             )
+        heads = [name for name, each in self.evaluation.evaluators.items() if each.kind == "accuracy"]
+        if heads and self.model.head == "masked_patches":
+            raise ValueError(
+                f"evaluation.evaluators: {', '.join(heads)} of kind accuracy needs classes, which model.head "
+                f"masked_patches does not tell; take kind fewshot, knn or probe"
+            )
         if self.evaluation.every is not None and self.data.eval is None:
             raise ValueError("evaluation.every is given, but there is nothing to evaluate on; set data.eval too")
         if self.checkpoint.keep_best and self.evaluation.every is None:
@@ -321,6 +438,10 @@ class TrainConfig:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
                 f"micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.loss.mixup and self.micro_batch_size % 2:
+            raise ValueError(
+                f"loss.mixup blends pairs of images, so micro_batch_size ({self.micro_batch_size}) must be even"
             )
         storage = self.data.storage
         if storage.total_timeout_s + storage.request_timeout_s >= self.engine.timeout_s:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar, dataclass_transform
 
 from pydantic import ConfigDict
@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 T = TypeVar("T")
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True)
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 def section(cls: type[T]) -> type[T]:
     """Make ``cls`` a configuration section.
 

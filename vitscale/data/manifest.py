@@ -25,12 +25,23 @@ IDX_VERSION = "v1.2"
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One tar file of a shard set."""
+    """One tar file of a shard set, or of a part of it."""
 
     name: str
     num_samples: int
+    """That belong to the set."""
     num_bytes: int
+    """Of the whole tar."""
     sha256: str | None = None
+    first_sample: int = 0
+    """Place in the tar of the first one that belongs to the set; the others follow it."""
+    tar_samples: int | None = None
+    """Samples of the whole tar, if not all belong to the set."""
+
+    @property
+    def num_in_tar(self) -> int:
+        """Samples of the whole tar."""
+        return self.num_samples if self.tar_samples is None else self.tar_samples
 
     @property
     def idx_name(self) -> str:
@@ -53,11 +64,15 @@ class Manifest:
     """Digest of the plan that the set was written from."""
     base_url: str | None = None
     """Folder of the tars, as a URL or an absolute path, when they do not lie beside the index."""
+    order: str | None = None
+    """How the samples were ordered when the set was written: shuffled, stratified or source."""
+    part: str = ""
+    """What was asked for of a larger set: "[:98%]", see :mod:`vitscale.data.parts`."""
 
     @property
     def shown(self) -> str:
         """The location for messages and records: without passwords and signatures."""
-        return without_secrets(self.location)
+        return without_secrets(self.location) + self.part
 
     @property
     def tars(self) -> str:
@@ -71,18 +86,22 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tars."""
-        return sum(shard.num_bytes for shard in self.shards)
+        """Bytes of all tars, or of the stretches that belong to a part."""
+        return sum(shard.num_bytes * shard.num_samples // shard.num_in_tar for shard in self.shards)
 
     @property
     def digest(self) -> str:
         """Identity of the content: equal digests mean equal samples in equal places."""
-        rows = [[s.name, s.num_samples, s.num_bytes, s.sha256] for s in self.shards]
+        rows = [
+            [s.name, s.num_samples, s.num_bytes, s.sha256]
+            + ([] if s.tar_samples is None else [s.first_sample, s.tar_samples])
+            for s in self.shards
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``index.json``."""
-        elsewhere = {} if self.base_url is None else {"base_url": self.base_url}
+        """The content of ``index.json``, of a whole set."""
+        known = {"order": self.order, "base_url": self.base_url}
         return {
             "__kind__": "wids-shard-index-v1",
             "wids_version": 1,
@@ -99,7 +118,7 @@ class Manifest:
                 "multi_label": self.multi_label,
                 "source": self.source,
                 "plan": self.plan,
-                **elsewhere,
+                **{key: value for key, value in known.items() if value is not None},
             },
         }
 
@@ -149,7 +168,7 @@ def parse_manifest(text: str, location: str) -> Manifest:
                 f"that wrote it, or write the shard set again"
             )
         shards = tuple(_shard_info(path, entry) for entry in raw["shardlist"])
-        classes, base_url = extra.get("classes"), extra.get("base_url")
+        classes, base_url, order = extra.get("classes"), extra.get("base_url"), extra.get("order")
         manifest = Manifest(
             location=location,
             shards=shards,
@@ -159,6 +178,7 @@ def parse_manifest(text: str, location: str) -> Manifest:
             source=str(extra.get("source", "")),
             plan=extra.get("plan"),
             base_url=None if base_url is None else str(base_url),
+            order=None if order is None else str(order),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a shard index ({error!r}); write the shard set again") from error

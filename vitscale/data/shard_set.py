@@ -12,8 +12,9 @@ from pathlib import Path
 from vitscale.config.schema import DataConfig, StorageConfig
 from vitscale.data.manifest import INDEX_NAME, Manifest, check_same_classes, parse_manifest, read_manifest
 from vitscale.data.mixing import Mixture
+from vitscale.data.parts import split_part, take_part
 from vitscale.data.storage.cache import CachedFiles
-from vitscale.data.storage.drivers import is_path
+from vitscale.data.storage.drivers import is_path, without_secrets
 from vitscale.data.storage.fetch import RemoteFiles, open_files
 from vitscale.data.storage.files import LocalFiles, ShardFiles
 from vitscale.data.storage.node_cache import CacheCounters, NextUses, NodeCache
@@ -85,12 +86,30 @@ def cache_counters() -> CacheCounters | None:
 def open_shard_set(location: str, storage: StorageConfig = DEFAULT_STORAGE) -> Manifest:
     """Read the index of a set and compare it with the files: all of a folder, a few spread ones of a remote set.
 
+    Args:
+        location: folder or URL of the set, or of a part of it: ``path/train[:98%]``, see :mod:`vitscale.data.parts`.
+        storage: how it is read.
+
     Raises:
-        DataError: there is no such set, its index is damaged, or its files are missing or of another size.
+        DataError: there is no such set or part, its index is damaged, or its files are missing or of another size.
     """
-    manifest = read_manifest(Path(location)) if is_path(location) else _read_remote(location, storage)
+    manifest = _read_index(location, storage)
+    if manifest.part and manifest.order is None:
+        logger.warning(
+            "%s: the index does not say that the set was shuffled when it was written, and a part of a sorted one "
+            "lacks classes; see how it is with 'vitscale shards stats %s'",
+            manifest.shown,
+            without_secrets(manifest.location),
+        )
     check_files(manifest, storage)
     return manifest
+
+
+def _read_index(location: str, storage: StorageConfig) -> Manifest:
+    larger, part = split_part(location)
+    if part is not None:
+        return take_part(_read_index(larger, storage), part)
+    return read_manifest(Path(location)) if is_path(location) else _read_remote(location, storage)
 
 
 def _in_short(storage: StorageConfig) -> StorageConfig:

@@ -29,7 +29,7 @@ OPEN_INDEX_BYTES = 256 << 20
 
 
 class RawSample(NamedTuple):
-    """One sample as it lies in the shard. ``sample_id`` counts through the whole set."""
+    """One sample as it lies in the shard. ``sample_id`` counts through the whole set, or the whole part of one."""
 
     key: str
     sample_id: int
@@ -90,8 +90,8 @@ class ShardStream:
             members = self._members(number, refs[0].sample, refs[-1].sample + 1)
         except BadSampleError as error:
             # Without the member index, the keys are not known either.
-            name = shard.info.name.removesuffix(".tar")
-            return {r: Fault(f"{name}[{r.sample}]", first_id + r.sample, shard.label, str(error)) for r in refs}
+            name, first = shard.info.name.removesuffix(".tar"), shard.info.first_sample
+            return {r: Fault(f"{name}[{first + r.sample}]", first_id + r.sample, shard.label, str(error)) for r in refs}
         by_ref = {ref: members[ref.sample - refs[0].sample] for ref in refs}
         start = min(m.offset for parts in members for m in parts) - TAR_BLOCK
         end = min(max(m.offset + m.size for parts in members for m in parts), shard.info.num_bytes)
@@ -106,13 +106,14 @@ class ShardStream:
         return {r: _cut(shard, first_id + r.sample, parts, data, start) for r, parts in by_ref.items()}
 
     def _members(self, number: int, first: int, stop: int) -> list[tuple[Member, ...]]:
-        """What the member index says of some samples of a tar.
+        """What the member index says of some samples of a tar, counted through those that belong to the set.
 
         Raises:
             BadSampleError: it cannot be used.
         """
+        begin = self._shards[number].info.first_sample
         try:
-            return self._indexes.of(self._shards[number])[first:stop]
+            return self._indexes.of(self._shards[number])[begin + first : begin + stop]
         except StorageSilentError:
             raise
         except OSError as error:
@@ -173,8 +174,8 @@ def _read_index(shard: _Shard) -> MemberIndex:
     path = f"{files.location}/{info.idx_name}"
     again = (lambda start, end: files.read(info.idx_name, start, end - start)) if files.reads_cheaply else None
     index = parse_idx(files.read_all(info.idx_name), path, again)
-    if len(index) != info.num_samples:
-        raise DataError(f"{path} lists {len(index)} samples where index.json says {info.num_samples}")
+    if len(index) != info.num_in_tar:
+        raise DataError(f"{path} lists {len(index)} samples where index.json says {info.num_in_tar}")
     return index
 
 

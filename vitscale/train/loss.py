@@ -11,19 +11,26 @@ from torch import Tensor
 
 from vitscale.config.schema import LossConfig
 from vitscale.models.masked_patches import UNTOUCHED, MaskedPatches
+from vitscale.train.mixup import partners
 
 
-def training_loss(outputs: Tensor | MaskedPatches, labels: Tensor, config: LossConfig) -> Tensor:
+def training_loss(outputs: Tensor | MaskedPatches, labels: Tensor, config: LossConfig, share: float = 1.0) -> Tensor:
     """Mean over the batch, computed in fp32.
 
     Args:
         outputs: logits [B, K]; or those of patches, which come with labels of their own.
         labels: int64 [B, M].
         config: of the loss.
+        share: of an image's own labels in its target; the rest is of its partner's, see :mod:`vitscale.train.mixup`.
     """
     if isinstance(outputs, MaskedPatches):
         return masked_patch_loss(outputs)
-    logits = outputs.float()
+    loss = _class_loss(outputs.float(), labels, config)
+    # Both losses are linear in the targets, so this is the loss on blended targets.
+    return loss if share == 1 else share * loss + (1 - share) * _class_loss(outputs.float(), partners(labels), config)
+
+
+def _class_loss(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
     if config.kind == "softmax":
         return F.cross_entropy(logits, labels[:, 0], label_smoothing=config.label_smoothing)
     # Summed over classes: a mean would scale the gradient by 1/K (Scaling ViT, section 3.3, after BiT and ViT).

@@ -239,6 +239,7 @@ def publish_index(plan: Plan, records: list[ShardRecord]) -> None:
         split=head.split,
         source=head.source_name,
         plan=head.digest,
+        order=head.settings["order"],
     )
     place.publish_text(INDEX_NAME, json.dumps(manifest.to_json(), indent=1) + "\n")
     place.sync()

@@ -63,6 +63,7 @@ def test_index_sizes_and_digests_are_right(source: ImageFolder, tmp_path: Path) 
     check_files(manifest)
     assert (manifest.num_samples, manifest.split, manifest.source) == (40, "train", "images")
     assert (manifest.classes, manifest.multi_label, manifest.plan) == (source.classes, False, plan.head.digest)
+    assert manifest.order == "shuffled"
     assert [(shard.name, shard.num_samples) for shard in manifest.shards] == [
         (plan.shard_name(i), plan.shard_size(i)) for i in range(4)
     ]

@@ -319,6 +319,6 @@ def _folder_name(location: str) -> str:
 
 
 def _identity(shard: ShardInfo) -> str:
-    """Changes with anything that the index says of a tar."""
-    said = (FORMAT_VERSION, PIECE_BYTES, shard.name, shard.num_samples, shard.num_bytes, shard.sha256)
+    """Changes with anything that the index says of a tar; the parts of a set share its tars."""
+    said = (FORMAT_VERSION, PIECE_BYTES, shard.name, shard.num_in_tar, shard.num_bytes, shard.sha256)
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.runs import CONFIG
 from vitscale.config.loader import load_config
 from vitscale.config.reference import dump_config
+from vitscale.config.schema import DataConfig
 from vitscale.errors import ConfigError
 
 
@@ -18,6 +20,8 @@ from vitscale.errors import ConfigError
         ("data/train", "data/train"),
         ("s3://bucket/set", "s3://bucket/set"),
         ("{s3://bucket/set: 3, /b/c: 0.5}", {"s3://bucket/set": 3.0, "/b/c": 0.5}),
+        ("data/train[:98%]", "data/train[:98%]"),
+        ("{'/b/train[:50%]': 3, \"/b/train[50%:]\": 1}", {"/b/train[:50%]": 3.0, "/b/train[50%:]": 1.0}),
         ("{'pipe:ssh store cat /a/{name}': 1}", {"pipe:ssh store cat /a/{name}": 1.0}),
     ],
 )
@@ -48,3 +52,45 @@ def test_wrong_places_are_refused(override: str, text: str) -> None:
 def test_lanes_are_for_a_single_set() -> None:
     with pytest.raises(ConfigError, match=r"lanes \(8\) is for a single set; leave it out with a mixture"):
         load_config(CONFIG, ["data.train={a: 1, b: 1}", "data.lanes=8"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"crop": "square"},
+            "crop square needs crop_from, the size in pixels to crop from: 448 for an image_size of 384",
+        ),
+        ({"crop": "short_side", "crop_from": 31}, r"crop_from \(31\) is below image_size \(32\)"),
+        ({"crop": "square", "crop_from": (40, 31)}, r"crop_from \(\(40, 31\)\) is below image_size \(32\)"),
+        ({"crop_from": 40}, r"crop_from \(40\) is for crop square and short_side; set crop, too"),
+        (
+            {"crop": "square", "crop_from": 40, "crop_area": (0.5, 1.0)},
+            "crop_area and crop_aspect are for crop inception",
+        ),
+        (
+            {"eval_resize": "square", "eval_crop_share": 0.5},
+            r"eval_crop_share \(0.5\) has no effect with eval_resize sq",
+        ),
+    ],
+)
+def test_keys_about_crops_that_do_not_go_together(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        DataConfig(train="train", image_size=32, **fields)
+
+
+def test_crops_of_the_papers() -> None:
+    config = load_config(CONFIG, ["data.crop_area=[0.05, 1]", "data.crop_aspect=[0.75, 1.33]", *BIT])
+    assert (config.data.crop, config.data.crop_from, config.loss.mixup) == ("square", 160, 0.1)
+
+
+BIT = ("data.crop=square", "data.crop_from=160", "data.image_size=128", "loss.mixup=0.1", "model.variant=ViT-mu/4")
+
+
+def test_mixup_needs_pairs_and_classes() -> None:
+    with pytest.raises(ConfigError, match=r"loss.mixup blends pairs of images, so micro_batch_size \(1\) must be even"):
+        load_config(CONFIG, ["loss.mixup=0.1", "micro_batch_size=1"])
+    with pytest.raises(ConfigError, match=r"mixup is for the losses on classes, got 0.1 with masked_patches"):
+        load_config(CONFIG, ["loss.mixup=0.1", "loss.kind=masked_patches", "model.head=masked_patches"])
+    with pytest.raises(ConfigError, match=r"loss\.mixup"):
+        load_config(CONFIG, ["loss.mixup=-1"])

@@ -30,10 +30,10 @@ optim:
   lr: 8e-4
 """
 ROOT_KEYS = (
-    "run, seed, duration, global_batch_size, micro_batch_size, data, model, optim, schedule, loss, engine, "
+    "run, seed, duration, global_batch_size, micro_batch_size, data, model, init, optim, schedule, loss, engine, "
     "checkpoint, evaluation, log"
 )
-OPTIM_KEYS = "lr, betas, eps, weight_decay, head_weight_decay, grad_clip_norm, ema_decay"
+OPTIM_KEYS = "kind, lr, betas, eps, momentum, weight_decay, head_weight_decay, grad_clip_norm, ema_decay"
 REQUIRED = ("run", "duration", "global_batch_size", "micro_batch_size", "data", "model", "optim")
 
 
@@ -118,7 +118,7 @@ SCALAR_PROBLEMS = [
     ("loss.kind=sofmax", "loss.kind: must be 'softmax', 'sigmoid' or 'masked_patches', got 'sofmax'"),
     (
         "loss=",
-        "loss: must be a section with keys of: kind, label_smoothing, got null; give a value or leave the key out",
+        "loss: must be a section with keys of: kind, label_smoothing, mixup, got null; give a value or leave the key out",
     ),
     ("duration=5", "duration: must be a section with keys of: steps, epochs, examples, percent, got 5"),
     ("data.crop_area=1", "data.crop_area: must be a list, got 1"),
@@ -132,7 +132,7 @@ SCALAR_PROBLEMS = [
     ("data.image_size=[1, 2, 3]", "data.image_size: must be a list of 2, got [1, 2, 3]"),
     ("data.image_size=[224, x]", "data.image_size[1]: must be an integer, got 'x'"),
     ("optim.lrr=1", f"optim.lrr: unknown key; did you mean 'lr'? (known: {OPTIM_KEYS})"),
-    ("optim.momentum=1", f"optim.momentum: unknown key (known: {OPTIM_KEYS})"),
+    ("optim.nesterov=1", f"optim.nesterov: unknown key (known: {OPTIM_KEYS})"),
     ("lr=1", f"lr: unknown key; did you mean 'optim.lr'? (known: {ROOT_KEYS})"),
     ("optim.seed=1", f"optim.seed: unknown key; did you mean 'seed'? (known: {OPTIM_KEYS})"),
     ("sede=1", f"sede: unknown key; did you mean 'seed'? (known: {ROOT_KEYS})"),

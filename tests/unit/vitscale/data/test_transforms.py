@@ -20,7 +20,15 @@ from torch.nn.functional import interpolate
 from vitscale.config.schema import DataConfig
 from vitscale.data.decode import BadSampleError, decode_image
 from vitscale.data.loader import value_range
-from vitscale.data.transforms import Box, evaluation_crop, evaluation_pixels, inception_crop, resize, train_crop
+from vitscale.data.transforms import (
+    Box,
+    crop_after_resize,
+    evaluation_crop,
+    evaluation_pixels,
+    inception_crop,
+    resize,
+    train_crop,
+)
 
 # As the reference calls tf.image.sample_distorted_bounding_box.
 AREA, ASPECT = (0.05, 1.0), (0.75, 1.33)
@@ -327,3 +335,83 @@ def test_value_range() -> None:
     values = value_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
     assert values.tolist() == pytest.approx([-1, 51 / 127.5 - 1, 1])
     assert value_range(torch.zeros(1, dtype=torch.uint8), torch.bfloat16).dtype is torch.bfloat16
+
+
+def resized_then_cropped(image: Image.Image, config: DataConfig, seed: int) -> NDArray[np.uint8]:
+    """The whole image resized by Pillow, then the crop, then the mirror."""
+    rng, (rows, columns) = random.Random(seed), config.image_hw
+    sides = config.crop_from if isinstance(config.crop_from, tuple) else (config.crop_from, config.crop_from)
+    height, width = (int(side or 0) for side in sides)
+    if config.crop == "short_side":
+        scale = max(height / image.height, width / image.width)
+        height, width = round(image.height * scale), round(image.width * scale)
+    top = int(rng.random() * (height - rows + 1))
+    left = int(rng.random() * (width - columns + 1))
+    whole = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    crop = whole[top : top + rows, left : left + columns]
+    return crop[:, ::-1] if config.flip and rng.random() < 0.5 else crop
+
+
+@pytest.mark.parametrize("crop", ["square", "short_side"])
+@pytest.mark.parametrize(
+    ("size", "crop_from"), [(12, 16), (12, 12), (40, 50), ((20, 30), 30), ((20, 30), (24, 48)), (100, 128)]
+)
+@pytest.mark.parametrize("wh", [(60, 45), (45, 60), (16, 16), (31, 97), (1, 1)])
+def test_crops_after_resizing_are_those_of_the_whole_resized_image(
+    crop: str, size: int | tuple[int, int], crop_from: int | tuple[int, int], wh: tuple[int, int]
+) -> None:
+    settings = config(size, crop=crop, crop_from=crop_from)
+    for seed in range(8):
+        image = noise(*wh)
+        expected = resized_then_cropped(image, settings, seed)
+        pixels = train_pixels(encoded(image), settings, seed)
+        # Pillow rounds between rows and columns, and which of them it takes first depends on the sizes.
+        assert np.abs(pixels.astype(int) - expected).max() <= 2
+
+
+def test_a_square_crop_ignores_the_aspect_and_a_short_side_crop_keeps_it() -> None:
+    wide = Image.fromarray(gradient(200, 100))
+    square = config(80, crop="square", crop_from=100, flip=False)
+    kept = config(80, crop="short_side", crop_from=100, flip=False)
+    for seed in range(10):
+        per_column = [
+            float(np.diff(train_pixels(encoded(wide), settings, seed)[40, 5:-5, 0].astype(float)).mean())
+            for settings in (square, kept)
+        ]
+        assert per_column == pytest.approx([2, 1], abs=0.05)
+
+
+@pytest.mark.parametrize("crop", ["square", "short_side"])
+def test_crops_after_resizing_lie_anywhere_with_equal_chance(crop: str) -> None:
+    settings = config(8, crop=crop, crop_from=10)
+    rng = random.Random(0)
+    places = [crop_after_resize(50, 40, rng, settings) for _ in range(9000)]
+    rows, columns = (10, 10) if crop == "square" else (10, 12)
+    assert {(place.height, place.width) for place in places} == {(rows, columns)}
+    for drawn, room in (([p.top for p in places], rows - 8), ([p.left for p in places], columns - 8)):
+        counts = np.bincount(drawn, minlength=room + 1)
+        assert len(counts) == room + 1
+        assert np.abs(counts - 9000 / (room + 1)).max() < 4 * (9000 / (room + 1)) ** 0.5
+
+
+@settings(max_examples=200, deadline=None)
+@given(*[st.integers(1, 300)] * 2, *[st.integers(1, 20)] * 4, st.sampled_from(["square", "short_side"]))
+def test_crops_after_resizing_take_any_size(
+    width: int, height: int, rows: int, columns: int, more_rows: int, more_columns: int, crop: str
+) -> None:
+    laws = config((rows, columns), crop=crop, crop_from=(rows + more_rows, columns + more_columns))
+    place = crop_after_resize(width, height, random.Random(1), laws)
+    assert 0 <= place.top <= place.height - rows
+    assert 0 <= place.left <= place.width - columns
+    colour = train_pixels(encoded(Image.new("RGB", (width, height), (9, 8, 7))), laws, 1)
+    assert colour.shape == (rows, columns, 3)
+    assert (colour == (9, 8, 7)).all()
+
+
+@pytest.mark.parametrize("wh", [(60, 45), (16, 16), (31, 97)])
+@pytest.mark.parametrize("size", [12, (20, 30), 64])
+def test_square_evaluation_is_the_whole_image(wh: tuple[int, int], size: int | tuple[int, int]) -> None:
+    settings = config(size, eval_resize="square")
+    rows, columns = settings.image_hw
+    expected = np.asarray(noise(*wh).resize((columns, rows), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(evaluation_pixels(noise(*wh), settings), expected)
