@@ -41,6 +41,8 @@ class TopologyError(VitscaleError):
 class DivergenceError(VitscaleError):
     """The loss or the gradients stopped being finite and skipping updates did not help."""
 
+    exit_code = 3
+
 
 class LaunchError(VitscaleError):
     """Starting ranks or submitting a job failed."""

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import psutil
 
+from vitscale.durable import publish_text
 from vitscale.errors import Interrupted, LaunchError, VitscaleError
 from vitscale.topology import Topology
 
 # Set for the ranks that this module starts: the process id of their launcher.
 STARTED_BY_US = "VITSCALE_LAUNCHER"
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+# Folder where a rank that fails writes why, for whoever decides about a restart.
+ERRORS = "VITSCALE_ERRORS"
 # How long a rank that lost another one stays, so that the other's exit status is seen first.
 VICTIM_STAYS_S = 3.0
 
@@ -142,16 +148,44 @@ def _explain(error: Exception, topology: Topology) -> int:
     """Say what happened, once for all ranks. Returns the exit status."""
     if isinstance(error, VitscaleError):
         if topology.is_main or not error.agreed:
+            _record(error, topology, error.exit_code)
             kind = "" if isinstance(error, Interrupted) else "error: "
             sys.stderr.write(f"vitscale: {kind}{error}\n")
         return error.exit_code
-    if topology.world_size > 1 and _is_lost_contact(error):
+    is_victim = topology.world_size > 1 and _is_lost_contact(error)
+    _record(error, topology, 1, is_victim=is_victim)
+    if is_victim:
         _wait_to_be_stopped()
         reason = str(error).partition("\n")[0]
         sys.stderr.write(f"vitscale: rank {topology.rank} lost contact with another rank ({reason})\n")
     else:
         sys.stderr.write(f"vitscale: rank {topology.rank} failed\n" + "".join(traceback.format_exception(error)))
     return 1
+
+
+def _record(error: Exception, topology: Topology, exit_code: int, *, is_victim: bool = False) -> None:
+    """Write why this rank fails into the folder that ``VITSCALE_ERRORS`` names, if it names one."""
+    folder = os.environ.get(ERRORS)
+    if not folder:
+        return
+    is_told = isinstance(error, VitscaleError)
+    record = {
+        "rank": topology.rank,
+        # As SLURM calls the node, so that it can be left out of the next attempt.
+        "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        "kind": type(error).__name__,
+        "message": str(error),
+        "traceback": None if is_told else "".join(traceback.format_exception(error)),
+        "exit_code": exit_code,
+        "unix_s": time.time(),
+        "is_victim": is_victim,
+    }
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        publish_text(Path(folder) / f"rank-{topology.rank:05}.json", json.dumps(record, indent=1) + "\n")
+    except OSError as problem:
+        # The disk may be what failed. The message on stderr tells the rest.
+        sys.stderr.write(f"vitscale: {folder} cannot be written: {problem.strerror}\n")
 
 
 def _is_lost_contact(error: Exception) -> bool:
@@ -169,4 +203,5 @@ def _wait_to_be_stopped() -> None:
     The first exit status is taken for the cause, and one rank's report is lost among a thousand of its victims'.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     time.sleep(VICTIM_STAYS_S)

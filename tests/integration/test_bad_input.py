@@ -250,7 +250,8 @@ def test_a_finished_run_that_is_started_again_says_so(digits: Path, trained: Pat
     assert outcome.errors.endswith(said)
     assert "the run is finished" not in outcome.errors
     touched = {path.name for path, content in before.items() if path.read_bytes() != content}
-    assert touched == {"attempts.jsonl", "config.yaml"}, "the copy has another path and one more attempt"
+    written = {"attempts.jsonl", "config.yaml", "rank-00000.json"}
+    assert touched == written, "the copy has another path, one more attempt, and a sign of life of it"
 
 
 def test_a_run_folder_that_cannot_be_written(digits: Path, tmp_path: Path) -> None:

@@ -14,19 +14,21 @@ from torch import Tensor
 
 from vitscale import __version__
 from vitscale.checkpoint.digest import MODULUS, add_digest
-from vitscale.checkpoint.format import AVERAGE, BUFFER, Checkpoint, other_data
+from vitscale.checkpoint.format import AVERAGE, BUFFER, MOMENTS, MOMENTUM, Checkpoint, other_data
 from vitscale.checkpoint.fragments import (
     Fragment,
     buffer_fragments,
     fragments,
     layouts,
     masters,
+    moment_kinds,
     optimizer_steps,
     parameter_shapes,
     persistent_buffers,
     prepare_moments,
     pull_masters,
     push_masters,
+    set_masters,
     working_copies_differ,
 )
 from vitscale.checkpoint.reading import Wanted, read_wanted
@@ -182,6 +184,19 @@ class Checkpoints:
         self._saved = state.step
         return state
 
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Let the engine, which has made no step, begin with other weights; averages begin with the same.
+
+        Args:
+            state: whole parameters and buffers by name, fp32; those that are not in it keep their values.
+        """
+        set_masters(self._engine, state)
+        push_masters(self._engine)
+        for name, buffer in self._buffers.items():
+            if name in state:
+                buffer.copy_(state[name])
+        self._begin_averages()
+
     def _fragments(self) -> list[Fragment]:
         """What this rank saves. Buffers are rank 0's."""
         mine = list(fragments(self._engine, self._averages))
@@ -253,6 +268,12 @@ class Checkpoints:
             raise CheckpointError(
                 f"{checkpoint.shown}: {len(different)} tensors do not fit the model ({shown}); "
                 f"use the model's configuration of that run, or another run folder"
+            )
+        moments = {kind for kind in (*MOMENTS, *MOMENTUM) if kind in checkpoint.content["digests"]}
+        if moments and moments != set(moment_kinds(self._engine)):
+            raise CheckpointError(
+                f"{checkpoint.shown}: holds an optimizer's {' and '.join(sorted(moments))}, but that of optim.kind "
+                f"keeps {' and '.join(moment_kinds(self._engine))}; take the kind of that run, or another run folder"
             )
         if checkpoint.content["data_digest"] != self._identity.data_digest and not self._identity.free_data:
             raise other_data(checkpoint)

@@ -25,6 +25,9 @@ BLOCK_BYTES = 4 << 20
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's."""
+MOMENTUM = ("momentum_buffer",)
+"""SGD's."""
 AVERAGE = "ema"
 BUFFER = "buffer"
 

@@ -5,14 +5,14 @@ This is the only file that reads private attributes of DeepSpeed's optimizers (t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint.format import AVERAGE, BUFFER, MASTER, MOMENTS, Layout
+from vitscale.checkpoint.format import AVERAGE, BUFFER, MASTER, MOMENTS, MOMENTUM, Layout
 
 
 class _Range(NamedTuple):
@@ -119,7 +119,7 @@ def fragments(engine: Any, averages: Sequence[Tensor] | None = None) -> Iterator
     """
     for number, partition in enumerate(_partitions(engine)):
         kinds = {MASTER: partition.flat}
-        kinds |= {kind: partition.state[kind] for kind in MOMENTS if kind in partition.state}
+        kinds |= {kind: partition.state[kind] for kind in moment_kinds(engine) if kind in partition.state}
         if averages is not None:
             kinds[AVERAGE] = averages[number]
         for name, start, numel, offset in partition.ranges:
@@ -143,8 +143,13 @@ def buffer_fragments(buffers: dict[str, Tensor]) -> list[Fragment]:
     return [Fragment(name, BUFFER, 0, buffer.detach().float().reshape(-1)) for name, buffer in buffers.items()]
 
 
+def moment_kinds(engine: Any) -> tuple[str, ...]:
+    """What the optimizer keeps beside the weights: AdamW's two moments, or SGD's momentum."""
+    return MOMENTUM if isinstance(engine.optimizer.optimizer, torch.optim.SGD) else MOMENTS
+
+
 def optimizer_steps(engine: Any) -> int:
-    """Updates that the optimizer has applied; its bias correction depends on it."""
+    """Updates that the optimizer has applied; AdamW's bias correction depends on it."""
     return max((int(p.state["step"]) for p in _partitions(engine) if "step" in p.state), default=0)
 
 
@@ -158,10 +163,24 @@ def prepare_moments(engine: Any, *, steps: int) -> None:
     for partition in _partitions(engine):
         partition.state.clear()
         if steps:
-            for kind in MOMENTS:
+            for kind in moment_kinds(engine):
                 partition.state[kind] = torch.zeros_like(partition.flat)
             # A tensor of its own for each partition: AdamW counts in place.
             partition.state["step"] = torch.tensor(float(steps))
+
+
+@torch.no_grad()
+def set_masters(engine: Any, state: Mapping[str, Tensor]) -> None:
+    """Replace this rank's master weights.
+
+    Args:
+        engine: of DeepSpeed. What its model computes with stays, until :func:`push_masters`.
+        state: whole parameters; those that are not in it stay.
+    """
+    for partition in _partitions(engine):
+        for name, start, numel, offset in partition.ranges:
+            if name in state:
+                partition.flat[offset : offset + numel].copy_(state[name].flatten()[start : start + numel])
 
 
 def pull_masters(engine: Any) -> None:

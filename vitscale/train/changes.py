@@ -67,6 +67,7 @@ GROUPS: dict[Group, dict[str, str]] = {
             "micro_batch_size",
             "data.train",  # the place; its content is identified by a digest
             "data.eval",
+            "data.eval_resize",
             "data.eval_crop_share",
             "data.workers",
             "data.processes",
@@ -96,6 +97,8 @@ GROUPS: dict[Group, dict[str, str]] = {
         "seed": f"{ORDER}; crops and dropout masks change too, the weights stay",
         "data.window": ORDER,
         "data.lanes": ORDER,
+        "data.crop": CROPS,
+        "data.crop_from": CROPS,
         "data.crop_area": CROPS,
         "data.crop_aspect": CROPS,
         "data.flip": "training images are mirrored otherwise from step {step} on",
@@ -105,8 +108,10 @@ GROUPS: dict[Group, dict[str, str]] = {
         "model.gelu": ARITHMETIC,
         "model.layer_norm_eps": ARITHMETIC,
         "model.head_bias": "no effect: it is an initial value, and the weights stay",
+        "init": "no effect: the run has begun with other weights, and goes on with its own",
         "optim.lr": LR,
         "optim.betas": RULE,
+        "optim.momentum": RULE,
         "optim.eps": RULE,
         "optim.weight_decay": RULE,
         "optim.head_weight_decay": RULE,
@@ -117,6 +122,7 @@ GROUPS: dict[Group, dict[str, str]] = {
     Group.NEVER: {
         "global_batch_size": "the place in the data is the step times the global batch, so samples would be skipped or "
         "repeated and the lanes cut anew; change micro_batch_size or the number of ranks instead",
+        "optim.kind": "what the optimizer keeps beside the weights is of another kind; take another run folder",
         "data.image_size": "the position embedding belongs to one grid of patches; take another run folder",
         "model.variant": SHAPES,
         "model.num_classes": SHAPES,

@@ -21,6 +21,7 @@ from vitscale.data.stages import StageSeconds
 from vitscale.distributed import Ranks
 from vitscale.plan import RunPlan
 from vitscale.train.loss import training_loss
+from vitscale.train.mixup import blend, mixing_share
 from vitscale.train.optim import build_optimizer
 
 # Salt that keeps dropout randomness apart from the data's.
@@ -91,6 +92,7 @@ class StepResult:
 def train_step(engine: Any, batches: Iterator[Batch], config: TrainConfig, step: int, lr: float) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update. Collective."""
     accumulation = engine.gradient_accumulation_steps()
+    share = mixing_share(config.seed, step, config.loss.mixup)
     losses, digest, quarantined, data_wait_s, stages = [], 0, [], 0.0, StageSeconds()
     for micro_step in range(accumulation):
         asked = time.perf_counter()
@@ -104,8 +106,8 @@ def train_step(engine: Any, batches: Iterator[Batch], config: TrainConfig, step:
         torch.manual_seed(hash64(config.seed, DROPOUT, step, micro_step * engine.world_size + engine.global_rank) >> 1)
         # Before the forward pass: after it, this copy would make the host wait until the GPU is through with it.
         labels = batch.labels.to(engine.device, non_blocking=True)
-        outputs = engine(model_input(batch.images, engine))
-        loss = training_loss(outputs, labels, config.loss)
+        outputs = engine(model_input(batch.images, engine, share))
+        loss = training_loss(outputs, labels, config.loss, share)
         engine.backward(loss)
         losses.append(loss.detach())
         if micro_step == accumulation - 1:
@@ -124,7 +126,14 @@ def train_step(engine: Any, batches: Iterator[Batch], config: TrainConfig, step:
     )
 
 
-def model_input(images: Tensor, engine: Any) -> Tensor:
-    """uint8 [B, 3, H, W] to [-1, 1] on the engine's device, in the model's precision (ViT reference: x/127.5 - 1)."""
+def model_input(images: Tensor, engine: Any, share: float = 1.0) -> Tensor:
+    """uint8 [B, 3, H, W] to [-1, 1] on the engine's device, in the model's precision (ViT reference: x/127.5 - 1).
+
+    Args:
+        images: of a micro-batch.
+        engine: the DeepSpeed engine.
+        share: what each image keeps of itself, see :mod:`vitscale.train.mixup`.
+    """
     dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
-    return value_range(images.to(engine.device, non_blocking=True), dtype)
+    images = images.to(engine.device, non_blocking=True)
+    return value_range(images, dtype) if share == 1 else blend(value_range(images), share).to(dtype)

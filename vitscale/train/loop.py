@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -39,7 +40,11 @@ from vitscale.train.average import WeightAverage
 from vitscale.train.batches import train_batches
 from vitscale.train.changes import AUTO, ResumePolicy
 from vitscale.train.engine import build_engine, model_input, train_step
+from vitscale.train.evaluators import due_evaluators, is_evaluation_due, open_evaluators, run_evaluators
+from vitscale.train.first_batch import when_loaded
 from vitscale.train.health import check_health
+from vitscale.train.heartbeat import Heartbeat, Phase
+from vitscale.train.initial import begin_with_initial, check_initial
 from vitscale.train.metrics import MetricLog
 from vitscale.train.run_folder import RunLock, check_policy, check_run, record_attempt
 from vitscale.train.schedule import learning_rate
@@ -54,22 +59,27 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
         Interrupted: a signal asked to stop; a checkpoint was committed and the same call continues.
         VitscaleError: anything else that the user can mend.
     """
-    with connect(topology, timeout_s=config.engine.timeout_s) as ranks:
+    with connect(topology, timeout_s=config.engine.timeout_s) as ranks, Heartbeat(topology.rank) as heartbeat:
         # Each rank has read the file for itself; they must not disagree if it was just changed.
         config = ranks.on_main(lambda: config)
         train_set = ranks.on_main(lambda: open_training_data(config.data, global_batch_size=config.global_batch_size))
         plan = ranks.on_main(lambda: RunPlan.create(config, ranks.world_size, train_set))
         eval_set = ranks.on_main(lambda: open_held_out_set(config, train_set))
+        evaluators = ranks.on_main(lambda: open_evaluators(config, plan, train_set.classes))
         # Before the lock, which would make a folder of a mistyped name.
         ranks.on_main(lambda: check_policy(config, policy))
+        ranks.on_main(lambda: check_initial(config, train_set.classes))
         lock = RunLock(config.run)
         ranks.on_main(lock.take)
         start = ranks.on_main(lambda: check_run(config, plan, train_set.digest, policy, say=announce))
+        heartbeat.begin(config.run)
+        leave_if_stopped(stop, ranks)
 
         model = build_model(config.model, config.data.image_hw)
         initialize(model, config.seed)
         synchronize(model, ranks.sum_in_graph)
         engine = build_engine(model, config, plan, ranks)
+        leave_if_stopped(stop, ranks)
         average = None if config.optim.ema_decay is None else WeightAverage(engine, decay=config.optim.ema_decay)
         lr_of = partial(
             learning_rate,
@@ -88,9 +98,13 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
             tolerated_failures=config.checkpoint.tolerate_failures,
         )
         restored = checkpoints.restore(lr_of=lambda step: lr_of(step) if step in start.same_lr_steps else None)
+        initial = None if restored else begin_with_initial(config, train_set.classes, checkpoints, ranks, say=announce)
         # Not before the checkpoint was accepted: a refused start leaves the run folder as it was.
-        attempt = ranks.on_main(lambda: record_attempt(config, plan, start, restored.step if restored else None))
+        attempt = ranks.on_main(
+            lambda: record_attempt(config, plan, start, restored.step if restored else None, initial)
+        )
         state = restored or TrainState()
+        heartbeat.enter(Phase.START, state.step, attempt)
         clock = SaveClock(config.checkpoint.every_minutes)
         batches = train_batches(
             config,
@@ -103,18 +117,24 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
         )
         with MetricLog(config, plan, ranks, state, attempt) as log:
             checkpoints.before_commit = log.sync
-            log.start(resumed=restored is not None)
+            log.start(resumed=restored is not None, initial=initial["path"] if initial else None)
+            if state.step < plan.total_steps:
+                batches = when_loaded(batches, lambda: leave_if_stopped(stop, ranks), ranks)
             stopping = False
             while not stopping:
                 # Before the step, so that an attempt makes up for an evaluation that its predecessor did not finish.
                 if eval_set and evaluation_due(state, plan, log):
                     with average.in_place() if average else nullcontext():
-                        stopping = evaluate(engine, config, eval_set, state, log, ranks, stop, checkpoints)
+                        stopping = evaluate(engine, config, eval_set, state, log, ranks, stop, checkpoints, heartbeat)
+                if not stopping and (due := due_evaluators(evaluators, state, plan, log)):
+                    with average.in_place() if average else nullcontext():
+                        poll = stop_poll(state, ranks, stop, checkpoints, heartbeat)
+                        stopping = run_evaluators(engine, config, due, state, log, ranks, poll)
                 if stopping or state.step == plan.total_steps:
                     break
 
                 lr = lr_of(state.step)
-                result = train_step(engine, batches, config, state.step, lr)
+                result = train_step(engine, heartbeat.loading(batches, state.step), config, state.step, lr)
                 if average and result.applied:
                     average.update()
                 stop_votes, bad_samples, digest, saves_pending, clock_votes = ranks.sum_ints(
@@ -142,8 +162,10 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
                 stopping = stop_votes > 0
                 to_be_scored = config.checkpoint.keep_best > 0 and is_due(state.step, plan.evaluate_every)
                 if clock_votes or to_be_scored or is_due(state.step, plan.checkpoint_every):
+                    heartbeat.enter(Phase.SAVE, state.step)
                     log.stall(checkpoints.save(state, next_lr=lr_of(state.step), scores=log.scores()))
                     clock.restart()
+            heartbeat.enter(Phase.SAVE, state.step)
             checkpoints.save(state, next_lr=lr_of(state.step), scores=log.scores(), must=True)
             if not stopping:
                 log.finish(state)
@@ -155,6 +177,17 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
             )
         )
     return state
+
+
+def leave_if_stopped(stop: StopRequest, ranks: Ranks) -> None:
+    """Leave if any rank was asked to, before the first step: there is nothing yet that would be lost. Collective."""
+    if ranks.sum_ints([stop.received is not None])[0]:
+        raise on_every_rank(
+            Interrupted(
+                f"stopped before the first step on {stop.received or 'a signal to another rank'}; there was nothing to "
+                f"save and the same command continues"
+            )
+        )
 
 
 class SaveClock:
@@ -187,11 +220,23 @@ def open_held_out_set(config: TrainConfig, train_set: Mixture) -> Manifest | Non
 
 def evaluation_due(state: TrainState, plan: RunPlan, log: MetricLog) -> bool:
     """After the last step always, before that at the plan's cadence; once for each step, also across attempts."""
-    is_last = state.step == plan.total_steps
-    # An evaluation shortly before the last one would tell nothing new.
-    near_the_end = 4 * (plan.total_steps - state.step) < (plan.evaluate_every or 0)
-    due = is_last or (is_due(state.step, plan.evaluate_every) and not near_the_end)
+    due = is_evaluation_due(state.step, plan.evaluate_every, plan.total_steps)
     return due and not log.was_evaluated(state.step)
+
+
+def stop_poll(
+    state: TrainState, ranks: Ranks, stop: StopRequest, checkpoints: Checkpoints, heartbeat: Heartbeat
+) -> Callable[[], bool]:
+    """What an evaluation asks after each batch: whether a stop was requested, on all ranks alike. A save that is in
+    flight goes on meanwhile."""
+
+    def is_stopping() -> bool:
+        heartbeat.enter(Phase.EVALUATE, state.step)
+        stop_votes, saves_pending = ranks.sum_ints([stop.received is not None, checkpoints.pending()])
+        checkpoints.advance(saves_pending)
+        return stop_votes > 0
+
+    return is_stopping
 
 
 def evaluate(
@@ -203,15 +248,10 @@ def evaluate(
     ranks: Ranks,
     stop: StopRequest,
     checkpoints: Checkpoints,
+    heartbeat: Heartbeat,
 ) -> bool:
     """Evaluate and record. Returns whether a stop was requested meanwhile, on all ranks alike."""
-
-    def is_stopping() -> bool:
-        """Asked after each batch. A save that is in flight goes on meanwhile."""
-        stop_votes, saves_pending = ranks.sum_ints([stop.received is not None, checkpoints.pending()])
-        checkpoints.advance(saves_pending)
-        return stop_votes > 0
-
+    heartbeat.enter(Phase.EVALUATE, state.step)
     start = time.perf_counter()
     engine.eval()
     accuracy = evaluate_accuracy(
@@ -225,7 +265,7 @@ def evaluate(
         ),
         num_classes=config.model.num_classes,
         ranks=ranks,
-        is_stopping=is_stopping,
+        is_stopping=stop_poll(state, ranks, stop, checkpoints, heartbeat),
     )
     engine.train()
     if accuracy is None:

@@ -108,12 +108,14 @@ class MetricLog:
             if part:
                 part.close()
 
-    def start(self, *, resumed: bool) -> None:
-        """Say what is about to happen."""
+    def start(self, *, resumed: bool, initial: str | None = None) -> None:
+        """Say what is about to happen; ``initial`` is where the first weights come from, if they are not random."""
         for name, value in self._plan.describe():
             self.say(f"{name:<12} {value}")
         if resumed:
             self.say(f"attempt {self._attempt}: continuing from the checkpoint of step {self._started_at}")
+        elif initial is not None:
+            self.say(f"attempt {self._attempt}: starting from the weights of {initial}")
         else:
             self.say(f"attempt {self._attempt}: starting from scratch")
 
@@ -141,10 +143,11 @@ class MetricLog:
         """Top-1 by step of all evaluations of the run, on rank 0."""
         return dict(self._scores)
 
-    def was_evaluated(self, step: int) -> bool:
-        """Whether an earlier attempt recorded an evaluation after ``step``. The same answer on every rank."""
+    def was_evaluated(self, step: int, *, mark: str = "eval_top1") -> bool:
+        """Whether an earlier attempt recorded an evaluation after ``step``, which has the key ``mark``. The same answer
+        on every rank."""
         return self._ranks.on_main(
-            lambda: any(r["step"] == step and "eval_top1" in r for r in self._metrics.records)  # type: ignore[union-attr]
+            lambda: any(r["step"] == step and mark in r for r in self._metrics.records)  # type: ignore[union-attr]
         )
 
     def quarantine(self, step: int, faults: list[Quarantined]) -> None:
@@ -208,6 +211,15 @@ class MetricLog:
             self._metrics.append({"step": state.step, **shown, "attempt": self._attempt, "seconds": round(seconds, 2)})
         top1, top5, images = results["top1"], results["top5"], results["images"]
         self.say(f"step {state.step}: held-out top-1 {top1:.4f}, top-5 {top5:.4f} on {images:,} images")
+        self._restart_window(state)
+
+    def evaluator(self, state: TrainState, name: str, results: dict[str, Any], seconds: float) -> None:
+        """Record what one of evaluation.evaluators found after ``state.step``, under its name."""
+        if self._metrics:
+            named = {f"{name}/{key}": value for key, value in results.items()}
+            self._metrics.append({"step": state.step, **named, "attempt": self._attempt, "seconds": round(seconds, 2)})
+        told = [f"{key} {value:.4f}" for key, value in results.items() if isinstance(value, float)]
+        self.say(f"step {state.step}: {name}: {results.get('error') or ', '.join(told)}")
         self._restart_window(state)
 
     def _restart_window(self, state: TrainState) -> None:

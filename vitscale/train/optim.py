@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -36,7 +37,26 @@ def _group_of(name: str, parameter: nn.Parameter, decays: dict[str, float]) -> s
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """torch's AdamW: decoupled decay that is multiplied by the learning rate."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
-    )
+    """torch's AdamW, whose decoupled decay is multiplied by the learning rate, or its SGD with momentum."""
+    groups = parameter_groups(model, config)
+    if config.kind == "sgd":
+        return CountingSgd(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0)
+
+
+class CountingSgd(torch.optim.SGD):
+    """torch's SGD, which besides counts its updates as AdamW does: ``step`` in the state of each parameter."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss: float | None = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["step"] = state.get("step", 0) + 1
+        return loss

@@ -198,16 +198,26 @@ def _forced(attempt: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _learning_rate(config: TrainConfig, plan: RunPlan) -> dict[str, Any]:
     """All that the learning rate of a step depends on."""
+    schedule = config.schedule
+    # Not in the records of attempts that were made before there were any.
+    steps = {"milestones": list(schedule.milestones), "factor": schedule.factor} if schedule.decay == "steps" else {}
     return {
         "peak": config.optim.lr,
-        "decay": config.schedule.decay,
-        "final": config.schedule.final_lr,
+        "decay": schedule.decay,
+        "final": schedule.final_lr,
         "warmup_steps": plan.warmup_steps,
         "total_steps": plan.total_steps,
+        **steps,
     }
 
 
-def record_attempt(config: TrainConfig, plan: RunPlan, start: Continuation, restored_step: int | None) -> int:
+def record_attempt(
+    config: TrainConfig,
+    plan: RunPlan,
+    start: Continuation,
+    restored_step: int | None,
+    initial: dict[str, Any] | None = None,
+) -> int:
     """Write the configuration, the plan and one more attempt into the run folder. Returns its number, from 1.
 
     To be called when nothing else can refuse this start: what it writes is what the run goes on with.
@@ -217,6 +227,7 @@ def record_attempt(config: TrainConfig, plan: RunPlan, start: Continuation, rest
         plan: of the attempt.
         start: what :func:`check_run` found.
         restored_step: step of the checkpoint that was loaded; None if there was none.
+        initial: what the weights came from, if they began as another model's.
 
     Raises:
         CheckpointError: none was loaded where one had to be.
@@ -231,7 +242,7 @@ def record_attempt(config: TrainConfig, plan: RunPlan, start: Continuation, rest
         )
     with _writing_to(run):
         # First what was forced: the configuration alone would not tell that it was.
-        attempt = _note_attempt(config, plan, start, restored_step)
+        attempt = _note_attempt(config, plan, start, restored_step, initial)
         _publish_config(run / "config.yaml", dump_config(_with_absolute_paths(config)))
         publish_text(run / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
         sync_folder(run)
@@ -259,7 +270,8 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     checkpoint = dataclasses.replace(
         config.checkpoint, folder=config.checkpoint.folder and absolute(config.checkpoint.folder)
     )
-    return dataclasses.replace(config, run=config.run.absolute(), data=data, checkpoint=checkpoint)
+    init = dataclasses.replace(config.init, path=config.init.path and config.init.path.absolute())
+    return dataclasses.replace(config, run=config.run.absolute(), data=data, init=init, checkpoint=checkpoint)
 
 
 def _shown(change: KeyChange) -> str:
@@ -269,7 +281,13 @@ def _shown(change: KeyChange) -> str:
     return shown if shown == text else f"{shown} (passwords and queries left out)"
 
 
-def _note_attempt(config: TrainConfig, plan: RunPlan, start: Continuation, restored_step: int | None) -> int:
+def _note_attempt(
+    config: TrainConfig,
+    plan: RunPlan,
+    start: Continuation,
+    restored_step: int | None,
+    initial: dict[str, Any] | None,
+) -> int:
     attempts = _attempts(config.run)
     record = {
         "attempt": len(attempts) + 1,
@@ -278,6 +296,7 @@ def _note_attempt(config: TrainConfig, plan: RunPlan, start: Continuation, resto
         "world_size": plan.world_size,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "restored_step": restored_step,
+        "initial_weights": initial,
         "changed": [change.to_json() for change in start.changes],
         "data_digest": start.data_digest,
         "learning_rate": _learning_rate(config, plan),

@@ -10,7 +10,7 @@ import torch
 
 from vitscale.config.schema import ModelConfig, OptimConfig
 from vitscale.models.vit import VisionTransformer, build_vit
-from vitscale.train.optim import build_optimizer, parameter_groups
+from vitscale.train.optim import CountingSgd, build_optimizer, parameter_groups
 
 # The kernels of the JAX reference (big_vision's mask '.*/kernel$') under timm's names.
 KERNEL = re.compile(
@@ -60,3 +60,28 @@ def test_the_optimizer_takes_every_setting() -> None:
     for group, decay in zip(optimizer.param_groups, (0.3, 0.0, 3.0), strict=True):
         assert (group["lr"], group["betas"], group["eps"]) == (2e-3, (0.8, 0.95), 1e-6)
         assert group["weight_decay"] == decay
+
+
+def test_sgd_takes_every_setting() -> None:
+    config = OptimConfig(kind="sgd", lr=2e-3, momentum=0.8, weight_decay=1e-4, head_weight_decay=0.0)
+    optimizer = build_optimizer(model(), config)
+    assert type(optimizer) is CountingSgd
+    for group, decay in zip(optimizer.param_groups, (1e-4, 0.0, 0.0), strict=True):
+        assert (group["lr"], group["momentum"], group["dampening"], group["nesterov"]) == (2e-3, 0.8, 0, False)
+        assert group["weight_decay"] == decay
+
+
+def test_sgd_is_torchs_and_counts() -> None:
+    """By the formula: the momentum is m * momentum + gradient + decay * weight (torch's, decay before the momentum)."""
+    weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    idle = torch.nn.Parameter(torch.ones(1, 1))
+    optimizer = CountingSgd([{"params": [weight, idle], "weight_decay": 0.5}], lr=0.1, momentum=0.9)
+    expected, momentum = weight.detach().clone(), torch.zeros(1, 2)
+    for step in range(1, 4):
+        weight.grad = torch.tensor([[0.3, 0.1]]) * step
+        momentum = 0.9 * momentum + weight.grad + 0.5 * expected
+        expected = expected - 0.1 * momentum
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected)
+        assert optimizer.state[weight]["step"] == step
+    assert "step" not in optimizer.state[idle]

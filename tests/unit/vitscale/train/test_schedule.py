@@ -60,6 +60,39 @@ def test_a_warmup_as_long_as_the_run_only_rises(decay: str) -> None:
         assert [rate(s, decay, warmup=warmup, total=20) for s in range(20)] == [1e-3 * (s / warmup) for s in range(20)]
 
 
+def test_steps_are_those_of_bits_hyperrule() -> None:
+    """10,000 steps, of which 500 warm up, divided by 10 at 3,000, 6,000 and 9,000 (BiT paper, section 3.3)."""
+    schedule = ScheduleConfig(decay="steps")
+    at = {
+        step: learning_rate(step, optim=OptimConfig(lr=3e-3), schedule=schedule, warmup=500, total=10_000)
+        for step in (0, 250, 500, 2999, 3000, 5999, 6000, 8999, 9000, 9999)
+    }
+    wanted = [0, 1.5e-3, 3e-3, 3e-3, 3e-4, 3e-4, 3e-5, 3e-5, 3e-6, 3e-6]
+    assert list(at.values()) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_steps_without_milestones_stay_constant() -> None:
+    schedule = ScheduleConfig(decay="steps", milestones=())
+    rates = [learning_rate(s, optim=OptimConfig(lr=1.0), schedule=schedule, warmup=2, total=5) for s in range(5)]
+    assert rates == [0, 0.5, 1, 1, 1]
+
+
+@given(
+    shares=st.lists(st.integers(1, 99), unique=True, max_size=5).map(sorted),
+    factor=st.sampled_from([2.0, 10.0]),
+    total=st.integers(1, 1000).map(lambda hundreds: 100 * hundreds),
+)
+def test_a_milestone_in_percent_is_met_at_its_very_step(shares: list[int], factor: float, total: int) -> None:
+    schedule = ScheduleConfig(decay="steps", milestones=tuple(share / 100 for share in shares), factor=factor)
+    for number, share in enumerate(shares):
+        at = share * total // 100
+        before, after = (
+            learning_rate(step, optim=OptimConfig(lr=1.0), schedule=schedule, warmup=0, total=total)
+            for step in (at - 1, at)
+        )
+        assert (before, after) == (factor**-number, pytest.approx(factor ** -(number + 1)))
+
+
 lengths = st.integers(1, 10_000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
 
 

@@ -66,3 +66,26 @@ def test_a_signal_in_the_middle_of_work_does_not_break_it() -> None:
             os.close(reader)
             os.close(writer)
         assert stop.received == "SIGTERM"
+
+
+def test_a_signal_that_was_blocked_until_now_is_noted_and_a_late_one_kills_nobody() -> None:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        send(signal.SIGUSR2)
+        with StopRequest() as stop:
+            assert stop.received == "SIGUSR2"
+        assert set(STOP_SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        # The second of a preemption, at the end of the grace time.
+        send(signal.SIGTERM)
+        assert stop.received == "SIGUSR2"
+        with StopRequest() as again:
+            assert again.received == "SIGTERM"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def test_a_mask_that_blocks_nothing_stays_so() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with StopRequest():
+        pass
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
