@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from vitscale.cli import app
-from vitscale.config.loader import load_config
+from vitscale.config.loader import load_config, load_section
 from vitscale.config.reference import reference_yaml
 from vitscale.config.schema import ModelConfig, TrainConfig
 from vitscale.models import bit_shapes, efficientnet_shapes, hybrid_shapes, t2t_shapes, vit_shapes
 from vitscale.models.shapes import resolve_shape
+from vitscale.studies.scaling import StudyConfig
+from vitscale.studies.transfer import SuiteConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -31,10 +33,17 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_load_and_describe_themselves(path: Path) -> None:
-    config = load_config(path)
-    resolve_shape(config.model, config.data.image_hw)
-    header = path.read_text().split("\nrun:")[0]
-    for word in ("vitscale train", path.relative_to(REPOSITORY).as_posix(), "Hardware:", "Expected:"):
+    text = path.read_text()
+    header = text[: re.search(r"^[a-z]+:", text, re.MULTILINE).start()]  # type: ignore[union-attr]
+    if "\nrun:" in text:
+        config = load_config(path)
+        resolve_shape(config.model, config.data.image_hw)
+        command = "vitscale train"
+    else:
+        kind = {"transfer": SuiteConfig, "study": StudyConfig}[path.parent.name]
+        load_section(kind, path)
+        command = f"vitscale {path.parent.name}"
+    for word in (command, path.relative_to(REPOSITORY).as_posix(), "Hardware:", "Expected"):
         assert word in header
 
 

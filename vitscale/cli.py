@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitscale import __version__
-from vitscale.checkpoint.choices import Weights
-from vitscale.checkpoint_cli import WeightsOption
 from vitscale.checkpoint_cli import app as checkpoint_app
+from vitscale.command_line import Nproc, on_ranks
 from vitscale.errors import ConfigError, VitscaleError, on_every_rank
+from vitscale.evaluation_cli import evaluate, fewshot, forward, knn, probe
+from vitscale.inspection_cli import inspect
+from vitscale.predict_cli import predict
+from vitscale.program_cli import export
+from vitscale.studies_cli import study, transfer
 from vitscale.topology import Topology
 from vitscale.train.changes import Resume, ResumePolicy
-from vitscale.weights.choices import ResizeMode
 from vitscale.weights_cli import app as weights_app
 
 if TYPE_CHECKING:
@@ -35,16 +36,6 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/ and 'vitscale config'.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changed values: optim.lr=3e-4 data.workers=8 ...")]
-Nproc = Annotated[int | None, typer.Option(help="Start this many ranks on this machine. Under torchrun or srun, omit.")]
-ReadingOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Changes of how data is read: data.storage.cache=null data.storage.allow_pipe=true data.workers=8 ..., "
-        "also data.prefetch_batches and data.read_ahead_batches; default: as the run."
-    ),
-]
-RunFolder = Annotated[Path, typer.Argument(help="Folder of a run that has a checkpoint.")]
-Step = Annotated[int | None, typer.Option(help="Checkpoint to take; the newest by default.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -102,99 +93,16 @@ def train(
                 raise on_every_rank(error) from error
             run_training(loaded, topology, stop, ResumePolicy(resume, tuple(allow_change or ())))
 
-    _on_ranks(nproc, work, check=load)
+    on_ranks(nproc, work, check=load)
 
 
-@app.command()
-def evaluate(
-    run: RunFolder,
-    overrides: ReadingOverrides = None,
-    data: Annotated[str | None, typer.Option(help="Shard set, folder or URL; default: the run's data.eval.")] = None,
-    step: Step = None,
-    weights: WeightsOption = Weights.RAW,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass on one rank.", min=1)] = 64,
-    nproc: Nproc = None,
-) -> None:
-    """Top-1 and top-5 accuracy of a checkpoint. Prints one line of JSON."""
-
-    def work(topology: Topology) -> None:
-        from vitscale.evaluation.commands import evaluate_run
-
-        _echo_json(
-            evaluate_run(
-                run,
-                data,
-                overrides=overrides or [],
-                step=step,
-                weights=weights,
-                batch_size=batch_size,
-                topology=topology,
-            )
-        )
-
-    _on_ranks(nproc, work)
-
-
-@app.command()
-def fewshot(
-    run: RunFolder,
-    train_data: Annotated[str, typer.Option("--train", help="Shard set that the shots are drawn from.")],
-    test_data: Annotated[str, typer.Option("--test", help="Shard set that is classified.")],
-    overrides: ReadingOverrides = None,
-    shots: Annotated[str, typer.Option(help="Images per class, several with commas.")] = "1,5,10,25",
-    seeds: Annotated[int, typer.Option(help="Draws to average over.", min=1)] = 3,
-    ridge: Annotated[float, typer.Option(help="Strength of the ridge penalty.", min=0)] = 1024.0,
-    step: Step = None,
-    weights: WeightsOption = Weights.RAW,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass on one rank.", min=1)] = 64,
-    nproc: Nproc = None,
-) -> None:
-    """Few-shot linear accuracy of a checkpoint (ridge regression in closed form). Prints one line of JSON."""
-
-    def work(topology: Topology) -> None:
-        from vitscale.evaluation.commands import fewshot_run, parse_shots
-
-        _echo_json(
-            fewshot_run(
-                run,
-                train_data,
-                test_data,
-                overrides=overrides or [],
-                shots=parse_shots(shots),
-                seeds=seeds,
-                ridge=ridge,
-                step=step,
-                weights=weights,
-                batch_size=batch_size,
-                topology=topology,
-            )
-        )
-
-    _on_ranks(nproc, work)
-
-
-@app.command()
-def forward(
-    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="File of weights, or a Hugging Face folder.")],
-    model: Annotated[Path, typer.Option(metavar="MODEL.yaml", help="Keys of a configuration's model section.")],
-    input: Annotated[Path, typer.Option(metavar="IMAGES.npy", help="float32 [n, height, width, 3], normalised.")],
-    output: Annotated[Path, typer.Option(metavar="LOGITS.npy", help="File to write, float32 [n, classes].")],
-    resize: Annotated[
-        ResizeMode | None, typer.Option(help="How embeddings of another size are resized; without it they are refused.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 64,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-) -> None:
-    """Logits of an array of images in fp32, to compare a model with another implementation of it."""
-    from vitscale.evaluation.array import forward_array
-
-    loaded = forward_array(
-        weights, model, input, output, resize=resize, batch_size=batch_size, force=force, advance=_echo_progress
-    )
-    for line in loaded.description:
-        typer.echo(line)
-    typer.echo(f"logits -> {output}")
-
+for judging in (evaluate, fewshot, knn, probe, forward):
+    app.command()(judging)
+app.command()(inspect)
+app.command()(predict)
+app.command()(transfer)
+app.command()(study)
+app.command()(export)
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run.")
 app.add_typer(data_app, name="data")
@@ -230,34 +138,6 @@ def config() -> None:
     from vitscale.config.schema import TrainConfig
 
     typer.echo(reference_yaml(TrainConfig), nl=False)
-
-
-def _on_ranks(
-    nproc: int | None, work: Callable[[Topology], None], *, check: Callable[[], object] = lambda: None
-) -> None:
-    """Be the launcher of ``nproc`` ranks, or be one rank and do the work.
-
-    The launcher calls ``check`` first, so that mistakes are told before any rank is started.
-    """
-    from vitscale.ranks import is_started_by_launcher, run_rank, start_ranks
-
-    if nproc is not None and not is_started_by_launcher():
-        check()
-        raise typer.Exit(start_ranks(nproc, sys.argv[1:]))
-    run_rank(work)
-
-
-def _echo_json(result: dict[str, object] | None) -> None:
-    """Print a result; ranks other than 0 have none."""
-    import json
-
-    if result is not None:
-        typer.echo(json.dumps(result))
-
-
-def _echo_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty() or done == total:
-        typer.echo(f"{done:,} of {total:,} images", err=True)
 
 
 def _join_commands() -> None:

@@ -1,198 +1,215 @@
-"""Evaluate a checkpoint of a run: what ``vitscale evaluate`` and ``vitscale fewshot`` do."""
+"""What ``vitscale evaluate``, ``fewshot``, ``knn`` and ``probe`` do: load a model, go through sets, tell a result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from vitscale.checkpoint.choices import Weights, weights_kind
-from vitscale.checkpoint.format import Checkpoint
-from vitscale.checkpoint.opening import checkpoint_folder
-from vitscale.checkpoint.reading import read_parameters
-from vitscale.checkpoint.store import open_checkpoint
-from vitscale.config.loader import load_config
-from vitscale.config.schema import EngineConfig, TrainConfig
-from vitscale.data.loader import value_range
+from vitscale.config.evaluators import FeatureEvaluator
+from vitscale.config.schema import EngineConfig
+from vitscale.data.loader import Batch, Quarantined
 from vitscale.data.manifest import Manifest
-from vitscale.data.shard_set import open_evaluation_set
 from vitscale.distributed import Ranks, connect
-from vitscale.errors import CheckpointError, ConfigError, DataError, on_every_rank
-from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches
+from vitscale.errors import ConfigError
+from vitscale.evaluation.accuracy import evaluation_batches, head_accuracy, open_labelled_set
+from vitscale.evaluation.choices import CacheChoice, ModelChoice, Reading
+from vitscale.evaluation.confusion import check_confusion, write_confusion
+from vitscale.evaluation.evaluators import evaluate_features, open_feature_sets
+from vitscale.evaluation.feature_cache import identity_of, load_features, save_features
 from vitscale.evaluation.features import Features, extract_features
-from vitscale.evaluation.fewshot import fewshot_accuracy
-from vitscale.models.build import Model, build_model
+from vitscale.evaluation.metrics import Accuracy
+from vitscale.evaluation.pretrained import Pretrained, on_pixels, open_pretrained
+from vitscale.evaluation.progress import progress
+from vitscale.evaluation.unreadable import NAMED, check_readable, gather_unreadable
 from vitscale.topology import Topology
 
 # The run's own value is known only once its folder was read, which the connected ranks do together.
 TIMEOUT_S = EngineConfig().timeout_s
-# What an evaluation may read differently from the run: how the bytes arrive, not what the model sees.
-READING_KEYS = ("data.storage", "data.workers", "data.prefetch_batches", "data.read_ahead_batches")
 
 
-def evaluate_run(
-    run: Path,
+def evaluate_model(
+    choice: ModelChoice,
     data: str | None,
     *,
-    overrides: Sequence[str],
-    step: int | None,
-    weights: Weights,
-    batch_size: int,
+    reading: Reading,
+    confusion: Path | None,
     topology: Topology,
-) -> dict[str, object] | None:
-    """Accuracy of a checkpoint. Returns the result on rank 0, ``None`` elsewhere.
+) -> dict[str, Any] | None:
+    """Accuracy of a model's head. Returns the result on rank 0, ``None`` elsewhere.
+
+    Args:
+        choice: of the model.
+        data: shard set; by default the run's data.eval.
+        reading: how it is gone through.
+        confusion: picture of the confusion matrix to write, with an .npz beside it.
+        topology: of this rank.
 
     Raises:
-        VitscaleError: the run, its checkpoint or the shard set cannot be used.
+        VitscaleError: the model or the shard set cannot be used, or too many of its images.
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
-        config = ranks.on_main(lambda: read_run_config(run, overrides))
-        checkpoint = ranks.on_main(lambda: open_checkpoint(checkpoint_folder(run, config.checkpoint), step))
-        manifest = ranks.on_main(lambda: _evaluation_set(config, data, checkpoint))
-        model = load_model(config, checkpoint, weights, ranks)
-        accuracy = evaluate_accuracy(
-            _in_value_range(model, ranks),
-            evaluation_batches(
+        pretrained = open_choice(choice, ranks)
+        manifest = ranks.on_main(lambda: _labelled_set(pretrained, data))
+        if confusion is not None:
+            ranks.on_main(partial(check_confusion, confusion, pretrained.num_classes, multi_label=manifest.multi_label))
+        faults: list[Quarantined] = []
+        with _progress(f"images of {manifest.shown}", manifest, ranks) as advance:
+
+            def note(batch: Batch) -> None:
+                faults.extend(batch.quarantined)
+                advance(len(batch.images) * ranks.world_size)
+
+            accuracy = head_accuracy(
+                on_pixels(pretrained.model, ranks),
                 manifest,
-                config.data,
-                num_classes=config.model.num_classes,
-                batch_size=batch_size,
+                pretrained.data,
+                num_classes=pretrained.num_classes,
+                batch_size=reading.batch_size,
                 ranks=ranks,
-            ),
-            num_classes=config.model.num_classes,
-            ranks=ranks,
-        )
-    assert accuracy is not None
-    result: dict[str, object] = {
-        "step": checkpoint.step,
-        "weights": str(weights),
-        "data": manifest.shown,
-        **accuracy.to_json(),
-    }
+                confusion=confusion is not None,
+                note=note,
+            )
+        assert accuracy is not None
+        unreadable = gather_unreadable(ranks, faults)
+        check_readable(manifest, unreadable, at_most=reading.max_unreadable)
+        if confusion is not None and isinstance(accuracy, Accuracy) and accuracy.confusion is not None:
+            draw = partial(write_confusion, confusion, accuracy.confusion, pretrained.classes or manifest.classes)
+            ranks.on_main(partial(draw, title=f"{pretrained.name} on {manifest.shown}"))
+    result = {**_told(pretrained), "data": manifest.shown, **accuracy.to_json(), **_told_unreadable(unreadable)}
     return result if topology.is_main else None
 
 
-def fewshot_run(
-    run: Path,
-    train_data: str,
-    test_data: str,
+def judge_features(
+    choice: ModelChoice,
+    evaluator: FeatureEvaluator,
     *,
-    overrides: Sequence[str],
-    shots: list[int],
-    seeds: int,
-    ridge: float,
-    step: int | None,
-    weights: Weights,
-    batch_size: int,
+    reading: Reading,
+    cache: CacheChoice,
     topology: Topology,
-) -> dict[str, object] | None:
-    """Few-shot accuracy of a checkpoint. Returns the result on rank 0, ``None`` elsewhere.
+) -> dict[str, Any] | None:
+    """Few-shot, nearest-neighbour or probe accuracy. Returns the result on rank 0, ``None`` elsewhere.
 
     Raises:
-        VitscaleError: the run, its checkpoint or a shard set cannot be used, or a class has too few images.
+        VitscaleError: the model or a shard set cannot be used, or a class has too few images.
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
-        config = ranks.on_main(lambda: read_run_config(run, overrides))
-        checkpoint = ranks.on_main(lambda: open_checkpoint(checkpoint_folder(run, config.checkpoint), step))
-        train_set = ranks.on_main(lambda: open_evaluation_set(train_data, config.data.storage))
-        test_set = ranks.on_main(
-            lambda: open_evaluation_set(
-                test_data, config.data.storage, classes=train_set.classes, of=f"the shots of {train_set.shown}"
-            )
-        )
-        model = load_model(config, checkpoint, weights, ranks)
+        pretrained = open_choice(choice, ranks)
+        sets = ranks.on_main(lambda: open_feature_sets(evaluator, pretrained.data.storage))
+        folder = cache.folder_of(choice, is_run=pretrained.step is not None)
+        unreadable: list[str] = []
 
-        def features(manifest: Manifest) -> Features:
-            batches = evaluation_batches(manifest, config.data, num_classes=None, batch_size=batch_size, ranks=ranks)
-            found = extract_features(_in_value_range(model.representation, ranks), batches, ranks=ranks)
-            if not len(found.labels):
-                raise on_every_rank(
-                    DataError(
-                        f"{manifest.shown}: none of {manifest.num_samples} images can be read; write the shard set "
-                        f"again and evaluate anew"
-                    )
-                )
+        def features_of(manifest: Manifest) -> Features:
+            found, bad = cached_features(pretrained, manifest, folder, reading=reading, ranks=ranks)
+            unreadable.extend(bad)
             return found
 
-        train_features, test_features = features(train_set), features(test_set)
-        scores = ranks.on_main(
-            lambda: fewshot_accuracy(train_features, test_features, shots=shots, seeds=seeds, ridge=ridge)
-        )
-    result: dict[str, object] = {
-        "step": checkpoint.step,
-        "weights": str(weights),
-        "train": train_set.shown,
-        "test": test_set.shown,
-        "ridge": ridge,
-        "seeds": seeds,
-        **{f"{count}-shot": accuracy for count, accuracy in scores.items()},
+        results = evaluate_features(evaluator, sets, features_of, ranks=ranks)
+    assert results is not None
+    train, test = (manifest.shown for manifest in sets)
+    settings = {
+        key: value
+        for key, value in dataclasses.asdict(evaluator).items()
+        if key not in ("kind", "train", "test", "every")
+    }
+    result = {
+        **_told(pretrained),
+        "train": train,
+        "test": test,
+        **{key: value[0] if isinstance(value, tuple) and len(value) == 1 else value for key, value in settings.items()},
+        **results,
+        **_told_unreadable(tuple(unreadable)),
     }
     return result if topology.is_main else None
 
 
-def parse_shots(text: str) -> list[int]:
-    """``"1,5,10"`` to ``[1, 5, 10]``.
+def cached_features(
+    pretrained: Pretrained, manifest: Manifest, folder: Path | None, *, reading: Reading, ranks: Ranks
+) -> tuple[Features, tuple[str, ...]]:
+    """Features of a set, from the folder if they are there, else made and put there. Collective.
+
+    Returns:
+        The features, all on rank 0 and none elsewhere, and on every rank the images that cannot be read.
 
     Raises:
-        ConfigError: not a list of positive whole numbers.
+        DataError: too many images cannot be read, or the folder holds features of something else under their name.
     """
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise on_every_rank(
-            ConfigError(f"--shots is {text!r}; positive whole numbers separated by commas are needed, as in 1,5,10")
+    identity = identity_of(pretrained, manifest)
+    kept: list[Features] = []
+
+    def load() -> tuple[str, ...] | None:
+        features = None if folder is None else load_features(folder, identity)
+        kept.extend([] if features is None else [features])
+        return None if features is None else features.unreadable
+
+    unreadable = ranks.on_main(load)
+    if unreadable is None:
+        features = _extract(pretrained, manifest, reading, ranks)
+        unreadable = ranks.on_main(lambda: features.unreadable)
+        check_readable(manifest, unreadable, at_most=reading.max_unreadable)
+        if folder is not None:
+            ranks.on_main(partial(save_features, folder, identity, features))
+        return features, unreadable
+    check_readable(manifest, unreadable, at_most=reading.max_unreadable)
+    return (kept[0] if kept else Features.none()), unreadable
+
+
+def _extract(pretrained: Pretrained, manifest: Manifest, reading: Reading, ranks: Ranks) -> Features:
+    batches = evaluation_batches(
+        manifest, pretrained.data, num_classes=None, batch_size=reading.batch_size, ranks=ranks
+    )
+    representation_of: Callable[[Tensor], Tensor] = on_pixels(pretrained.model.representation, ranks)
+    with _progress(f"features of {manifest.shown}", manifest, ranks) as advance:
+        features = extract_features(
+            representation_of, batches, ranks=ranks, advance=lambda images: advance(images * ranks.world_size)
         )
-    return [int(word) for word in words]
+    assert features is not None
+    return features
 
 
-def read_run_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration that a run was trained with. ``overrides`` change how its data is read.
-
-    Raises:
-        CheckpointError: the folder is not a run.
-        ConfigError: an override is of another key than :data:`READING_KEYS` and those below, or its value is wrong.
-    """
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if equals and not any(key == allowed or key.startswith(allowed + ".") for allowed in READING_KEYS):
-            raise ConfigError(
-                f"{key}: is what the run was trained with and cannot be changed here; allowed are data.storage.* and "
-                f"{', '.join(READING_KEYS[1:-1])} and {READING_KEYS[-1]}; leave it out"
-            )
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise CheckpointError(f"{run}: not a run folder (no config.yaml); give the folder that 'vitscale train' filled")
-    return load_config(path, overrides)
+def open_choice(choice: ModelChoice, ranks: Ranks) -> Pretrained:
+    """Load a model onto this rank, as :func:`vitscale.evaluation.pretrained.open_pretrained` does. Collective."""
+    return open_pretrained(
+        choice.location,
+        ranks,
+        step=choice.step,
+        weights=choice.weights,
+        model=choice.model,
+        overrides=choice.overrides,
+        image_size=choice.image_size,
+        resize=choice.resize,
+    )
 
 
-def load_model(config: TrainConfig, checkpoint: Checkpoint, weights: Weights, ranks: Ranks) -> Model:
-    """The model of a checkpoint in fp32 on this rank's device, in evaluation mode.
-
-    Raises:
-        CheckpointError: the checkpoint has no such weights.
-    """
-    kind = ranks.on_main(lambda: weights_kind(checkpoint, weights))
-    with torch.device("meta"):
-        model = build_model(config.model, config.data.image_hw)
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    state = {name: values.to(types[name]) for name, values in read_parameters(checkpoint, kind).items()}
-    model.load_state_dict(state, assign=True)
-    return model.to(ranks.device).eval()
+def _progress(what: str, manifest: Manifest, ranks: Ranks) -> AbstractContextManager[Callable[[int], None]]:
+    return progress(what, manifest.num_samples, shown=ranks.is_main)
 
 
-def _in_value_range(function: Callable[[Tensor], Tensor], ranks: Ranks) -> Callable[[Tensor], Tensor]:
-    return lambda images: function(value_range(images.to(ranks.device)))
-
-
-def _evaluation_set(config: TrainConfig, data: str | None, checkpoint: Checkpoint) -> Manifest:
-    if config.model.label_classes is None:
+def _labelled_set(pretrained: Pretrained, data: str | None) -> Manifest:
+    """The set that a head is judged on. Its labels must mean what the head's outputs do."""
+    config = pretrained.config
+    if config.label_classes is None:
         raise ConfigError(
-            f"model.head {config.model.head} tells no classes, so there is no accuracy; measure the weights with "
+            f"model.head {config.head} tells no classes, so there is no accuracy; measure the weights with "
             "vitscale fewshot"
         )
-    location = data or config.data.eval
+    location = data or pretrained.data.eval
     if location is None:
-        raise ConfigError("the run has no data.eval; name a shard set with --data")
-    classes = checkpoint.content["classes"]
-    return open_evaluation_set(location, config.data.storage, num_classes=config.model.num_classes, classes=classes)
+        lack = "the run has no data.eval" if pretrained.step is not None else "a file of weights tells no shard set"
+        raise ConfigError(f"{lack}; name a shard set with --data")
+    return open_labelled_set(location, pretrained.data.storage, config.num_classes, pretrained.classes)
+
+
+def _told(pretrained: Pretrained) -> dict[str, Any]:
+    """What a result says of the model."""
+    told: dict[str, Any] = {"model": pretrained.name, "step": pretrained.step, "weights": str(pretrained.weights)}
+    return told
+
+
+def _told_unreadable(unreadable: tuple[str, ...]) -> dict[str, Any]:
+    return {"unreadable_images": list(unreadable[:NAMED])} if unreadable else {}

@@ -107,22 +107,23 @@ class SelfAttention(nn.Module):
         qkv = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, width // self.num_heads)  # [B, N, 3, H, K]
         if pack is not None:
             return attention_varlen(
-                qkv, pack.cu_seqlens, max_seqlen=pack.max_seqlen, backend=self.backend, norm=self._norm()
+                qkv, pack.cu_seqlens, max_seqlen=pack.max_seqlen, backend=self.backend, norm=self.qk_norm()
             )
         if self.span == "full":
             return self._attend(qkv)
-        grid = qkv.reshape(len(qkv), *self.grid, *qkv.shape[2:])  # [B, Gh, Gw, 3, H, K]
+        grid = qkv.reshape(qkv.shape[0], *self.grid, *qkv.shape[2:])  # [B, Gh, Gw, 3, H, K]
         lines = grid if self.span == "row" else grid.transpose(1, 2)
         out = self._attend(lines.flatten(0, 1)).reshape(*lines.shape[:3], width)
         return (out if self.span == "row" else out.transpose(1, 2)).flatten(1, 2)
 
-    def _norm(self) -> QkNorm | None:
+    def qk_norm(self) -> QkNorm | None:
+        """What normalises the queries and keys of all heads, if anything does."""
         if self.q_norm is None or self.k_norm is None:
             return None
         return QkNorm(self.q_norm(), self.k_norm(), eps=self.eps, centered=self.centered)
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        norm = self._norm()
+        norm = self.qk_norm()
         if self.relative_pos_embed is None:
             return attention(qkv, backend=self.backend, norm=norm)
         q, k, v = split_heads(qkv, norm)  # [B, H, N, K]

@@ -66,7 +66,7 @@ class T2tVit(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens after the final norm: [B, 3, H, W] -> [B, N, D]."""
         x: Tensor = self.tokens_to_token(images)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)  # [B, N, D]
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # [B, N, D]
         x = self.dropout(x + self.pos_embed.to(x.dtype))
         for block in self.blocks:
             x = run(block, x, checkpointing=self.config.activation_checkpointing)

@@ -55,7 +55,7 @@ class TokensToToken(nn.Module):
         x = soft_split(images.to(self.project.weight.dtype), SPLITS[0])  # [B, N, I]
         for layer, grid, split in zip((self.attention1, self.attention2), self.grids[:2], SPLITS[1:], strict=True):
             x = run(layer, x, checkpointing=self.checkpointing)  # [B, N, T]
-            x = soft_split(x.mT.reshape(len(x), TOKEN_DIM, *grid), split)
+            x = soft_split(x.mT.reshape(x.shape[0], TOKEN_DIM, *grid), split)
         tokens: Tensor = self.project(x)
         return tokens
 

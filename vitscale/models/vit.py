@@ -103,6 +103,20 @@ class VisionTransformer(nn.Module):
         logits: Tensor = self.head(self.pre_logits(self._pool(tokens, pack)))
         return logits
 
+    def position_vectors(self, like: Tensor, places: Places | None = None) -> Tensor | None:
+        """What is added to all tokens once, or the same in every block: [1, N, D], or [T, D] of ``places``.
+
+        Args:
+            like: vectors that are computed take its type and its device.
+            places: of packed tokens.
+        """
+        if self.pos_embed is None:
+            return None
+        if isinstance(self.pos_embed, nn.Parameter):
+            return insert_zeros(self.pos_embed, int(self.shape.class_token), self.shape.registers)
+        position: Tensor = self.pos_embed(like, places)
+        return position
+
     def initial_value(self, name: str, shape: torch.Size, *, seed: int) -> Tensor:
         """Values of one parameter in fp32 on the CPU, a function of the seed, the name and the shape alone.
 
@@ -134,12 +148,12 @@ class VisionTransformer(nn.Module):
 
     def _prefixed(self, x: Tensor) -> Tensor:
         """Embedded patches [B, Gh*Gw, D] -> tokens [B, N, D]."""
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         return torch.cat((*prefix, x), dim=1) if prefix else x
 
     def _encode(self, x: Tensor, places: Places | None = None, pack: Pack | None = None) -> Tensor:
         """Embedded tokens -> tokens after the final norm, both [B, N, D] or packed [T, D]."""
-        position = self._position(x, places)
+        position = self.position_vectors(x, places)
         shared = self.shape.position_at == "every_block_shared"
         if position is not None and not shared:
             x = x + position
@@ -160,15 +174,6 @@ class VisionTransformer(nn.Module):
         else:
             out = block(*inputs)
         return out
-
-    def _position(self, x: Tensor, places: Places | None) -> Tensor | None:
-        """What is added once, or the same in every block."""
-        if self.pos_embed is None:
-            return None
-        if isinstance(self.pos_embed, nn.Parameter):
-            return insert_zeros(self.pos_embed, int(self.shape.class_token), self.shape.registers)
-        position: Tensor = self.pos_embed(x, places)
-        return position
 
     def _pool(self, tokens: Tensor, pack: Pack | None = None) -> Tensor:
         """Tokens [B, N, D] -> [B, D]; packed [T, D] -> [S, D]."""

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from tests.helpers.distributed import run_ranks
 from tests.helpers.runs import CONFIG, overrides
-from tests.helpers.shardset import folder_of, make_shardset, spoil_image
+from tests.helpers.shardset import folder_of, key_of, make_shardset, spoil_image
 from vitscale.config.loader import load_config
 from vitscale.data.loader import Batch, Quarantined
 from vitscale.data.order import evaluation_positions
 from vitscale.data.shard_set import open_evaluation_set
 from vitscale.errors import DataError
+from vitscale.evaluation.unreadable import check_readable
 from vitscale.topology import Topology
 
 IMAGES = 83
@@ -82,6 +83,7 @@ def _counts(topology: Topology, cases: list[tuple[int, int]]) -> None:
             assert accuracy.to_json() == {
                 "top1": accuracy.top1,
                 "top5": accuracy.top5,
+                "calibration_error": accuracy.calibration_error,
                 "images": 80,
                 "unreadable": 3,
             }
@@ -166,14 +168,21 @@ def _reads_set(topology: Topology, arguments: list[str], folder: Path) -> None:
 
             # The mean of an image tells images apart; the labels follow from the number.
             features = extract_features(lambda images: images.float().mean(dim=(2, 3)), batches(), ranks=ranks)
-            assert features.labels.tolist() == [n % 10 for n in good]
-            assert features.values.shape == (21, 3)
-            assert features.values.dtype == np.float64
-            reference = folder / "features.npy"
-            if not reference.exists() and ranks.is_main:
-                np.save(reference, features.values)
-            ranks.barrier()
-            np.testing.assert_array_equal(features.values, np.load(reference))
+            assert features is not None
+            if ranks.is_main:
+                assert features.labels.tolist() == [n % 10 for n in good]
+                assert features.values.shape == (21, 3)
+                assert features.values.dtype == np.float32
+                assert [text.partition(" (")[0] for text in features.unreadable] == [
+                    f"train-000000.tar: {key_of(4)}",
+                    f"train-000002.tar: {key_of(22)}",
+                ]
+                reference = folder / "features.npy"
+                if not reference.exists():
+                    np.save(reference, features.values)
+                np.testing.assert_array_equal(features.values, np.load(reference))
+            else:
+                assert len(features.values) == len(features.labels) == 0
 
             accuracy = evaluate_accuracy(
                 lambda images: torch.eye(10)[3].expand(len(images), -1), batches(), num_classes=10, ranks=ranks
@@ -232,3 +241,39 @@ def test_labels_that_mean_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="but 'x' in the training set"):
         open_evaluation_set(str(tmp_path), classes=["x"])
     assert open_evaluation_set(str(tmp_path), classes=None) == manifest
+
+
+def _gives_up_features(topology: Topology) -> None:
+    from vitscale.distributed import connect
+    from vitscale.evaluation.features import extract_features
+
+    with connect(topology, timeout_s=60) as ranks:
+        asked: list[int] = []
+        found = extract_features(
+            lambda images: images.float().mean(dim=(2, 3)),
+            batches_of(topology, 6, 8),
+            ranks=ranks,
+            is_stopping=lambda: asked.append(1) or len(asked) == 2,  # type: ignore[func-returns-value]
+        )
+        assert (found, len(asked)) == (None, 2)
+
+
+def test_a_stop_gives_up_features() -> None:
+    run_ranks(_gives_up_features, 2)
+
+
+def test_too_many_unreadable_images_are_named_counted_and_refused(tmp_path: Path) -> None:
+    manifest = make_shardset(tmp_path, [250])
+    bad = tuple(f"train-000000.tar: {key_of(n)} (broken)" for n in range(5))
+    for few in (bad[:1], bad[:2]):
+        check_readable(manifest, few)
+    check_readable(make_shardset(tmp_path / "small", [3]), bad[:1])
+    check_readable(manifest, bad, at_most=5)
+    for at_most, allowed in ((None, 2), (4, 4), (0, 0)):
+        with pytest.raises(DataError) as caught:
+            check_readable(manifest, bad, at_most=at_most)
+        assert str(caught.value) == (
+            f"{tmp_path}: 5 of 250 images cannot be read, of which {allowed} are allowed: {'; '.join(bad[:3])}, and 2 "
+            f"more; mend the shard set, or allow them with --max-unreadable 5"
+        )
+        assert caught.value.agreed

@@ -8,13 +8,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vitscale.errors import ConfigError, DataError
-from vitscale.evaluation.commands import parse_shots
+from tests.unit.vitscale.evaluation.features_for_tests import balanced, clusters, count_pieces, finish
+from vitscale.config.evaluators import FewshotEvaluator
+from vitscale.errors import DataError
 from vitscale.evaluation.features import Features
-from vitscale.evaluation.fewshot import draw_shots, fewshot_accuracy, ridge_weights
+from vitscale.evaluation.fewshot import FewshotAccuracy, Ridge, draw_shots, fewshot_json, fewshot_pieces
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+
+def judged(
+    train: Features, test: Features, *, shots: list[int], seeds: int, ridge: tuple[float, ...]
+) -> list[FewshotAccuracy]:
+    settings = FewshotEvaluator(train="", test="", shots=tuple(shots), seeds=seeds, ridge=ridge)
+    return finish(fewshot_pieces(train, test, settings))
+
+
+def fewshot_accuracy(
+    train: Features, test: Features, *, shots: list[int], seeds: int, ridge: float
+) -> dict[int, float]:
+    """By number of shots."""
+    return {found.shots: found.mean for found in judged(train, test, shots=shots, seeds=seeds, ridge=(ridge,))}
+
+
+def ridge_weights(features: Floats, targets: Floats, ridge: float) -> Floats:
+    return Ridge(features).weights(targets, ridge)
 
 
 def normal(*shape: int, seed: int = 0) -> Floats:
@@ -76,18 +95,6 @@ def reference_accuracy(train: Features, test: Features, shots: int, seeds: int, 
     return float(np.mean(accuracies))
 
 
-def clusters(labels: Ints, *, dim: int, spread: float, seed: int) -> Features:
-    """One cluster per class, away from the origin and with unequal scales, as representations are."""
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(int(labels.max()) + 1, dim)) * 3 + 7
-    scales = np.linspace(0.01, 50, dim)
-    return Features((centres[labels] + rng.normal(size=(len(labels), dim)) * spread) * scales, labels)
-
-
-def balanced(classes: list[int], each: int) -> Ints:
-    return np.array(classes * each, dtype=np.int64)
-
-
 @pytest.mark.parametrize("dim", [4, 64])
 @pytest.mark.parametrize("ridge", [2.0**-10, 1024.0])
 def test_equals_the_protocol_in_plain_numpy(dim: int, ridge: float) -> None:
@@ -105,12 +112,6 @@ def test_labels_need_not_be_contiguous() -> None:
     renamed = [Features(f.values, np.array([names[label] for label in f.labels.tolist()])) for f in (train, test)]
     kwargs = {"shots": [1, 10], "seeds": 3, "ridge": 1024.0}
     assert fewshot_accuracy(*renamed, **kwargs) == fewshot_accuracy(train, test, **kwargs)  # type: ignore[arg-type]
-
-
-def test_a_class_that_is_only_in_the_test_set_counts_as_wrong() -> None:
-    train = clusters(balanced([0, 1], 10), dim=6, spread=0.1, seed=1)
-    test = clusters(balanced([0, 1, 2, 3], 10), dim=6, spread=0.1, seed=2)
-    assert fewshot_accuracy(train, test, shots=[5], seeds=1, ridge=1.0) == {5: 0.5}
 
 
 def test_separable_features_are_perfect_and_random_ones_are_chance() -> None:
@@ -155,16 +156,89 @@ def test_every_image_of_a_class_can_be_drawn() -> None:
     assert {i for seed in range(50) for i in draw_shots(labels, 1, seed).tolist()} == set(range(8))
 
 
-def test_too_few_images_of_a_class_are_an_error() -> None:
-    labels = np.array([0, 0, 0, 8, 8, 2, 2, 2])
-    features = Features(normal(8, 3), labels)
-    with pytest.raises(DataError, match="class 8 has 2 images, but 3 shots are needed; ask for fewer with --shots"):
-        fewshot_accuracy(features, features, shots=[1, 3], seeds=1, ridge=1.0)
+def of_labels(*labels: int) -> Features:
+    return Features(normal(len(labels), 3), np.array(labels))
 
 
-def test_parse_shots() -> None:
-    assert parse_shots("5") == [5]
-    assert parse_shots("1, 5,10") == [1, 5, 10]
-    for text in ("", "0", "-1", "1,,2", "1.5", "one", "1;2"):
-        with pytest.raises(ConfigError, match="positive whole numbers separated by commas"):
-            parse_shots(text)
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (
+            [0, 0, 0, 8, 8, 2, 2, 2],
+            [0],
+            r"^class 8 \(ship\) has 2 images, but 3 shots are needed; ask for fewer with --shots",
+        ),
+        ([0, 0, 0], [0, 9], r"^class 9 \(truck\) has 0 images, but 3 shots are needed"),
+        ([0, 0, 0], [11], r"^class 11 has 0 images"),
+        (
+            [0, 0, 0, 1, 2, 3, 4, 4],
+            [0],
+            r"^4 classes have too few images: class 1 \(car\) has 1 images, class 2 \(bird\) has 1 images, class 3 "
+            r"\(cat\) has 1 images, but 3 shots",
+        ),
+    ],
+)
+def test_too_few_images_of_a_class_are_an_error(train: list[int], test: list[int], message: str) -> None:
+    names = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    settings = FewshotEvaluator(train="", test="", shots=(1, 3), seeds=1)
+    with pytest.raises(DataError, match=message):
+        finish(fewshot_pieces(of_labels(*train), of_labels(*test), settings, names))
+
+
+RIDGES = (2.0**-10, 1.0, 1024.0, 2.0**19)
+
+
+def test_one_decomposition_gives_for_every_penalty_what_it_alone_gives() -> None:
+    train = clusters(balanced([0, 1, 2, 3, 4], 20), dim=24, spread=9.0, seed=1)
+    test = clusters(balanced([0, 1, 2, 3, 4], 30), dim=24, spread=9.0, seed=2)
+    for found in judged(train, test, shots=[1, 10], seeds=3, ridge=RIDGES):
+        alone = [
+            judged(train, test, shots=[found.shots], seeds=3, ridge=(ridge,))[0].test[:, 0].tolist() for ridge in RIDGES
+        ]
+        assert found.test.T.tolist() == alone
+        assert len({tuple(scores) for scores in alone}) > 1, "the penalties must matter, or this proves nothing"
+
+
+def test_a_penalty_is_chosen_on_training_images_that_were_not_drawn() -> None:
+    """The test set says the opposite of the training set, so it shows where the choice was made."""
+    labels = balanced([0, 1], 60)
+    train = clusters(labels, dim=24, spread=12.0, seed=1)
+    (found,) = judged(train, Features(train.values, 1 - labels), shots=[4], seeds=5, ridge=RIDGES)
+    assert found.choice is not None
+    by_choice, by_test = found.choice.mean(axis=0), found.test.mean(axis=0)
+    assert found.chosen == by_choice.argmax() != by_test.argmax()
+    told = fewshot_json([found])
+    assert told["4-shot_ridge"] == RIDGES[found.chosen]
+    assert told["4-shot"] == by_test[found.chosen] == told["4-shot_by_ridge"][f"{RIDGES[found.chosen]:g}"]
+
+
+def test_no_image_that_was_drawn_has_a_say_in_the_choice() -> None:
+    """On noise, images that were drawn would be right, which are most here, and the others are right by chance."""
+    train = Features(normal(16, 64), balanced([0, 1], 8))
+    (found,) = judged(train, train, shots=[5], seeds=60, ridge=(1e-3, 1.0))
+    assert found.choice is not None
+    assert abs(found.choice.mean(axis=0) - 0.5).max() < 0.1
+    assert found.test.min() >= 10 / 16
+
+
+def test_without_images_to_choose_on_there_is_an_error_and_a_single_penalty_needs_none() -> None:
+    train = clusters(balanced([0, 1], 3), dim=4, spread=0.1, seed=1)
+    with pytest.raises(DataError, match="all 6 training images are drawn as 3 shots of each class, so none is left"):
+        judged(train, train, shots=[3], seeds=1, ridge=(1.0, 2.0))
+    assert judged(train, train, shots=[3], seeds=1, ridge=(1.0,))[0].choice is None
+
+
+def test_mean_and_deviation_are_over_seeds() -> None:
+    train, test = (clusters(balanced([0, 1, 2], 30), dim=6, spread=8.0, seed=seed) for seed in (1, 2))
+    (found,) = judged(train, test, shots=[2], seeds=4, ridge=(1024.0,))
+    scores = found.test[:, 0]
+    assert len(set(scores.tolist())) > 1
+    assert fewshot_json([found]) == {"2-shot": scores.mean(), "2-shot_std": np.std(scores, ddof=1)}
+    (single,) = judged(train, test, shots=[2], seeds=1, ridge=(1024.0,))
+    assert single.std == 0.0
+
+
+def test_each_draw_is_a_piece_of_the_work() -> None:
+    train = clusters(balanced([0, 1], 9), dim=4, spread=0.1, seed=1)
+    settings = FewshotEvaluator(train="", test="", shots=(1, 2), seeds=3)
+    assert count_pieces(fewshot_pieces(train, train, settings)) == 6
