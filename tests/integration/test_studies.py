@@ -64,9 +64,25 @@ def write_suite(folder: Path, digits: Path, **changes: Any) -> Path:
     return path
 
 
+def test_a_suite_without_a_choice(tmp_path: Path, digits: Path, run: Path) -> None:
+    dataset = {"train": f"{digits}/train[:400]", "test": f"{digits}/val[:100]", "learning_rates": [0.01]}
+    outcome = vitscale("transfer", write_suite(tmp_path, digits, datasets={"digits": dataset}, seeds=1), run)
+    assert outcome.code == 0, outcome.errors
+    job = tmp_path / "suite/jobs/pre-trained/digits/seed-0"
+    told = json.loads((job / "output.txt").read_text().splitlines()[-1])
+    results = json.loads((tmp_path / "suite/results.json").read_text())
+    assert results["scores"] == {"pre-trained/digits": {"digits": [100 * told["top1"]]}}
+    config = yaml.safe_load((job / "run/config.yaml").read_text())
+    assert config["init"]["path"] == str(run)
+    assert config["data"]["image_size"] == 16
+    assert config["optim"]["kind"] == "sgd"
+    assert "1 of 1: pre-trained/digits/seed-0: digits " in outcome.out
+
+
+@pytest.mark.slow
 def test_a_suite_chooses_learning_rates_and_goes_on_with_what_is_left(tmp_path: Path, digits: Path, run: Path) -> None:
     suite = write_suite(tmp_path, digits)
-    outcome = vitscale("transfer", suite, run)
+    outcome = vitscale("transfer", suite, run, timeout_s=280)
     assert outcome.code == 0, outcome.errors
     jobs = tmp_path / "suite/jobs/pre-trained/digits"
     search = {rate: json.loads((jobs / f"lr-{rate}/result.json").read_text()) for rate in ("0.01", "0.03")}

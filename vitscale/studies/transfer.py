@@ -120,7 +120,7 @@ class Task:
     def parts(self) -> tuple[str, str]:
         """The training set without its held-out part, and that part."""
         share = self.config.held_out or self.recipe.held_out_percent
-        kept = self.train_size - max(1, round(self.train_size * share / 100))
+        kept = max(1, self.train_size - max(1, round(self.train_size * share / 100)))
         return f"{self.config.train}[:{kept}]", f"{self.config.train}[{kept}:]"
 
     def search(self) -> list[Job]:

@@ -18,7 +18,7 @@ from vitscale.plan import RunPlan
 from vitscale.train.counters import load_counters
 from vitscale.train.engine import StepResult
 from vitscale.train.hardware import peak_flops
-from vitscale.train.run_folder import StepRecords
+from vitscale.train.records import StepRecords
 from vitscale.train.screen import Screen
 
 # Share of the time below which nobody asks what the model waits for.

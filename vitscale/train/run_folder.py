@@ -5,10 +5,7 @@ Writes ``config.yaml``, ``plan.json`` and ``attempts.jsonl``. A *run* is the fol
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
-import math
 import os
 import socket
 import time
@@ -16,21 +13,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from vitscale.checkpoint.format import Checkpoint, other_data, step_of
 from vitscale.checkpoint.opening import checkpoint_folder
 from vitscale.checkpoint.store import checkpoint_names, inspect
 from vitscale.config.loader import load_config
-from vitscale.config.reference import KeyChange, diff_configs, dump_config
+from vitscale.config.reference import KeyChange, diff_configs
 from vitscale.config.schema import TrainConfig
 from vitscale.data.storage.drivers import without_secrets
 from vitscale.data.storage.files import absolute
 from vitscale.durable import Lock as FileLock
-from vitscale.durable import publish_text, published, sync_folder
+from vitscale.durable import publish_text, sync_folder
 from vitscale.errors import CheckpointError, ConfigError, LaunchError
 from vitscale.plan import RunPlan
+from vitscale.run_config import publish_config, with_absolute_paths
 from vitscale.train.changes import (
     AUTO,
     Change,
@@ -44,7 +41,6 @@ from vitscale.train.changes import (
     refuse,
 )
 
-logger = logging.getLogger(__name__)
 
 LOCK_PATIENCE_S = 10.0
 
@@ -108,7 +104,7 @@ def check_run(
     """
     check_policy(config, policy)
     path, attempts = config.run / "config.yaml", _attempts(config.run)
-    differences = diff_configs(load_config(path), _with_absolute_paths(config)) if path.exists() else []
+    differences = diff_configs(load_config(path), with_absolute_paths(config)) if path.exists() else []
     folder = checkpoint_folder(config.run, config.checkpoint)
     names = checkpoint_names(folder)
     newest = next((found for name in names if (found := inspect(folder, name)[0])), None)
@@ -176,7 +172,7 @@ def _check_not_left_elsewhere(config: TrainConfig) -> None:
     """A run whose checkpoints lie elsewhere would start from scratch without a word."""
     path = config.run / "config.yaml"
     before = load_config(path).checkpoint if path.exists() else config.checkpoint
-    if before.folder == _with_absolute_paths(config).checkpoint.folder:
+    if before.folder == with_absolute_paths(config).checkpoint.folder:
         return
     folder = checkpoint_folder(config.run, before)
     if names := checkpoint_names(folder):
@@ -243,35 +239,11 @@ def record_attempt(
     with _writing_to(run):
         # First what was forced: the configuration alone would not tell that it was.
         attempt = _note_attempt(config, plan, start, restored_step, initial)
-        _publish_config(run / "config.yaml", dump_config(_with_absolute_paths(config)))
+        publish_config(run / "config.yaml", with_absolute_paths(config))
         publish_text(run / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
         sync_folder(run)
         sync_folder(run.parent)
     return attempt
-
-
-def _publish_config(path: Path, text: str) -> None:
-    with published(path) as file:
-        if without_secrets(text) != text:
-            # Before the first byte, so that no other user can ever read it.
-            os.fchmod(file.fileno(), 0o600)
-        file.write(text.encode())
-
-
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """So that commands on the run find its data from any folder."""
-    train, held_out, cache = config.data.train, config.data.eval, config.data.storage.cache
-    data = dataclasses.replace(
-        config.data,
-        train=absolute(train) if isinstance(train, str) else {absolute(key): weight for key, weight in train.items()},
-        eval=held_out and absolute(held_out),
-        storage=dataclasses.replace(config.data.storage, cache=cache and cache.absolute()),
-    )
-    checkpoint = dataclasses.replace(
-        config.checkpoint, folder=config.checkpoint.folder and absolute(config.checkpoint.folder)
-    )
-    init = dataclasses.replace(config.init, path=config.init.path and config.init.path.absolute())
-    return dataclasses.replace(config, run=config.run.absolute(), data=data, init=init, checkpoint=checkpoint)
 
 
 def _shown(change: KeyChange) -> str:
@@ -356,76 +328,3 @@ def _writing_to(run: Path) -> Iterator[None]:
         raise ConfigError(
             f"run: cannot write to {run}: {error.strerror}; choose another folder with run=..."
         ) from error
-
-
-class StepRecords:
-    """A JSON-lines file whose records carry ``step``. Records of steps that are repeated after a resume move to
-    ``<name>.rolled_back.jsonl``, so that the file reads as one uninterrupted run."""
-
-    def __init__(self, path: Path, *, restored_step: int) -> None:
-        self._path = path
-        self.records = self._roll_back(restored_step)
-        self._file = path.open("ab", buffering=0)
-        self._lock, self._unwritten, self._warned = Lock(), bytearray(), False
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one record; it is on its way to the disk when this returns. Numbers that are not finite become null.
-
-        On a full disk it is kept until there is room.
-        """
-        with self._lock:
-            self._unwritten += _to_line(record).encode()
-            try:
-                self._write()
-            except OSError as error:
-                if not self._warned:
-                    logger.warning("%s cannot be written yet: %s; its records are kept", self._path, error.strerror)
-                self._warned = True
-
-    def sync(self) -> None:
-        """Wait until the records are on the disk. Any thread may call it.
-
-        Raises:
-            OSError: they are not.
-        """
-        with self._lock:
-            self._write()
-        os.fsync(self._file.fileno())
-
-    def _write(self) -> None:
-        while self._unwritten:
-            del self._unwritten[: self._file.write(self._unwritten)]
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _roll_back(self, restored_step: int) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        text = self._path.read_text(encoding="utf-8", errors="replace")
-        records = [record for line in text.splitlines() if (record := _parse(line)) is not None]
-        kept = [record for record in records if record["step"] <= restored_step]
-        undone = [record for record in records if record["step"] > restored_step]
-        if undone:
-            with self._path.with_suffix(".rolled_back.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(map(_to_line, undone))
-        # Unequal also if only the last line break is missing, to which the next record would be glued.
-        if (clean := "".join(map(_to_line, kept))) != text:
-            publish_text(self._path, clean)
-        return kept
-
-
-def _to_line(record: dict[str, Any]) -> str:
-    # JSON has no word for infinity, and no reader but Python's takes the one that json.dumps would write.
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """A record, or ``None`` for the torn last line of a killed process."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "step" in record else None

@@ -29,7 +29,8 @@ from vitscale.data.manifest import Manifest, ShardInfo
 from vitscale.errors import CheckpointError, ConfigError, LaunchError
 from vitscale.plan import RunPlan
 from vitscale.train.changes import AUTO, Resume, ResumePolicy
-from vitscale.train.run_folder import Continuation, RunLock, StepRecords, check_policy, check_run, record_attempt
+from vitscale.train.records import StepRecords
+from vitscale.train.run_folder import Continuation, RunLock, check_policy, check_run, record_attempt
 
 DATA = "a" * 64
 
