@@ -170,24 +170,23 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
             if not stopping:
                 log.finish(state)
     if stopping:
-        raise on_every_rank(
-            Interrupted(
-                f"stopped at step {state.step} of {plan.total_steps} on {stop.received or 'a signal to another rank'}; "
-                f"a checkpoint is committed and the same command continues"
-            )
+        raise interrupted(
+            stop,
+            f"at step {state.step} of {plan.total_steps}",
+            "a checkpoint is committed and the same command continues",
         )
     return state
+
+
+def interrupted(stop: StopRequest, where: str, what: str) -> Interrupted:
+    """The error that all ranks leave with when one of them was asked to stop."""
+    return on_every_rank(Interrupted(f"stopped {where} on {stop.received or 'a signal to another rank'}; {what}"))
 
 
 def leave_if_stopped(stop: StopRequest, ranks: Ranks) -> None:
     """Leave if any rank was asked to, before the first step: there is nothing yet that would be lost. Collective."""
     if ranks.sum_ints([stop.received is not None])[0]:
-        raise on_every_rank(
-            Interrupted(
-                f"stopped before the first step on {stop.received or 'a signal to another rank'}; there was nothing to "
-                f"save and the same command continues"
-            )
-        )
+        raise interrupted(stop, "before the first step", "there was nothing to save and the same command continues")
 
 
 class SaveClock:

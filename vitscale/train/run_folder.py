@@ -41,7 +41,6 @@ from vitscale.train.changes import (
     refuse,
 )
 
-
 LOCK_PATIENCE_S = 10.0
 
 

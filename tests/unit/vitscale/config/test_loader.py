@@ -118,7 +118,8 @@ SCALAR_PROBLEMS = [
     ("loss.kind=sofmax", "loss.kind: must be 'softmax', 'sigmoid' or 'masked_patches', got 'sofmax'"),
     (
         "loss=",
-        "loss: must be a section with keys of: kind, label_smoothing, mixup, got null; give a value or leave the key out",
+        "loss: must be a section with keys of: kind, label_smoothing, mixup, got null; give a value or "
+        "leave the key out",
     ),
     ("duration=5", "duration: must be a section with keys of: steps, epochs, examples, percent, got 5"),
     ("data.crop_area=1", "data.crop_area: must be a list, got 1"),
