@@ -8,12 +8,13 @@ OLDEST_TRITON := $(VENV)/triton-3.6.0
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow test-slurm check bench clean
 
 help:
 	@echo "make demo       shard, train, kill, resume and evaluate a small ViT on real images (2 CPU cores, minutes)"
 	@echo "make test       checks and tests"
 	@echo "make test-slow  the tests that kill real runs for minutes"
+	@echo "make test-slurm jobs on a real SLURM cluster that it starts on this machine (needs slurm-wlm and munge)"
 	@echo "make check      formatting, lint, types, architecture"
 	@echo "make bench      measure the loader against the bare decoder (shards: benchmarks/shards.py IMAGES)"
 	@echo "make clean      remove .venv, caches and the demo's output"
@@ -45,6 +46,9 @@ $(OLDEST_TRITON)/.ready: $(READY)
 test-slow: $(READY) $(OLDEST_TRITON)/.ready
 	$(BIN)/python -m pytest -m slow
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) tests/interpreter
+
+test-slurm: $(READY)
+	VITSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 docs/config.md: $(READY) vitscale/config/schema.py
 	printf '# Configuration\n\nEvery key, as `vitscale config` prints it. Generated: `make docs/config.md`.\n\n```yaml\n%s\n```\n' \

@@ -46,6 +46,7 @@ ALLOWED = {
     "vitscale.models.shapes": {"vitscale.errors", "vitscale.config", *TORCH_FREE_MODELS},
     **{name: {"vitscale.errors", "vitscale.config", *TORCH_FREE_MODELS} for name in TORCH_FREE_MODELS},
     "vitscale.models": {"vitscale.errors", "vitscale.config", "vitscale.kernels"},
+    "vitscale.run_config": {"vitscale.config", "vitscale.durable", "vitscale.data.storage"},
     "vitscale.plan": {
         "vitscale.errors",
         "vitscale.config",
@@ -158,6 +159,7 @@ ALLOWED = {
         "vitscale.evaluation",
     },
     "vitscale.train": {
+        "vitscale.run_config",
         "vitscale.errors",
         "vitscale.config",
         "vitscale.topology",
@@ -175,12 +177,21 @@ ALLOWED = {
         "vitscale.config",
         "vitscale.durable",
         "vitscale.data",
-        "vitscale.evaluation.pretrained",
+        "vitscale.plan",
+        "vitscale.models.shapes",
+        "vitscale.checkpoint.choices",
+        "vitscale.evaluation",
         "vitscale.train.recipes",
         "vitscale.train.signals",
         "vitscale.weights",
     },
-    "vitscale.studies_cli": {"vitscale.config", "vitscale.studies", "vitscale.train.signals"},
+    "vitscale.studies_cli": {
+        "vitscale.config",
+        "vitscale.checkpoint.choices",
+        "vitscale.checkpoint_cli",
+        "vitscale.studies",
+        "vitscale.train.signals",
+    },
     "vitscale.program_cli": {
         "vitscale.checkpoint",
         "vitscale.checkpoint_cli",
@@ -192,6 +203,7 @@ ALLOWED = {
     "vitscale.__main__": {"vitscale.cli"},
     "vitscale_shards": {"vitscale.durable", "vitscale.errors", "vitscale.config", "vitscale.data"},
     "vitscale_launch": {
+        "vitscale.run_config",
         "vitscale.errors",
         "vitscale.config",
         "vitscale.topology",
@@ -215,6 +227,7 @@ ALLOWED = {
     },
 }
 WITHOUT_TORCH = [
+    "vitscale.run_config",
     "vitscale.config.evaluators",
     "vitscale.command_line",
     "vitscale.evaluation.choices",

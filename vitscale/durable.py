@@ -84,6 +84,11 @@ class Lock:
                     return True
                 raise
 
+    def fileno(self) -> int:
+        """Of the lock while it is held: a child that inherits it holds the lock, too, and keeps it after its parent."""
+        assert self._file is not None
+        return self._file.fileno()
+
     def release(self) -> None:
         """Let others in."""
         if self._file is not None:

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from vitscale.checkpoint.choices import Weights
+from vitscale.checkpoint_cli import WeightsOption
+
 Nproc = Annotated[int | None, typer.Option(help="Ranks of each training on this machine; one by default.", min=1)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changed key of the file; may be repeated.")
@@ -16,6 +19,8 @@ Overrides = Annotated[
 def transfer(
     suite: Annotated[Path, typer.Argument(metavar="SUITE.yaml", help="Datasets and recipe, see configs/transfer/.")],
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Run folders or files of weights.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint of a run; the newest by default.")] = None,
+    weights: WeightsOption = Weights.RAW,
     overrides: Overrides = None,
     nproc: Nproc = None,
 ) -> None:
@@ -30,7 +35,9 @@ def transfer(
 
     with StopRequest() as stop:
         settings = load_section(SuiteConfig, suite, overrides or [])
-        table = run_suite(settings, starting_points(models), nproc=nproc, stop=stop, say=typer.echo)
+        table = run_suite(
+            settings, starting_points(models, step=step, weights=weights), nproc=nproc, stop=stop, say=typer.echo
+        )
     table.print()
     typer.echo(f"table -> {settings.folder / 'table.csv'}, {settings.folder / 'table.md'}")
 

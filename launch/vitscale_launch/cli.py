@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vitscale_launch import health_cli, site_cli, status_cli, submit_cli
+
 app = typer.Typer(no_args_is_help=True, help="Prepare and check runs for a cluster.")
 
 
@@ -27,3 +29,9 @@ def plan(
 
     for name, value in check_run(config, overrides or [], world_size=nodes * ranks_per_node):
         typer.echo(f"{name:<12} {value}")
+
+
+submit_cli.register(app)
+health_cli.register(app)
+status_cli.register(app)
+app.add_typer(site_cli.app, name="site")

@@ -12,7 +12,8 @@ from PIL import Image
 
 from tests.helpers.command import Outcome, vitscale, vitscale_launched, vitscale_on_ranks
 from tests.helpers.runs import CONFIG, assert_same_state, overrides, trajectory
-from tests.helpers.shardset import image_bytes, make_shardset, spoil_image
+from tests.helpers.shardset import image_bytes, make_shardset, parts_of, spoil_image
+from vitscale.data.manifest import read_manifest
 
 # A learning rate at which the tiny model learns something in few steps.
 LEARNING = (
@@ -195,9 +196,11 @@ def test_images_with_several_acceptable_labels(trained: Path, tmp_path: Path) ->
 
 def test_unreadable_images_are_named_counted_and_bounded(trained: Path, tmp_path: Path) -> None:
     manifest = make_shardset(tmp_path / "set", [60], classes=None)
+    other = make_shardset(tmp_path / "other", [60], parts=lambda number: parts_of(60 + number), classes=None)
     for number in (4, 22):
         spoil_image(manifest, number)
-    sets = ("--train", manifest.location, "--test", manifest.location, "--no-cache")
+        spoil_image(other, number)
+    sets = ("--train", manifest.location, "--test", other.location, "--no-cache")
     commands = [("evaluate", trained, "--data", manifest.location), ("knn", trained, *sets, "--k", "3")]
     for command in commands:
         outcome = vitscale_on_ranks(2, *command)
@@ -209,6 +212,17 @@ def test_unreadable_images_are_named_counted_and_bounded(trained: Path, tmp_path
         answer = result(vitscale_on_ranks(2, *command, "--max-unreadable", "2"))
         assert answer["unreadable"] == (2 if command[0] == "evaluate" else 4), "of each set that was gone through"
         assert answer["unreadable_images"][0].startswith("train-000000.tar: sample_00004 (")
+
+
+def test_images_that_are_learnt_from_are_no_test(trained: Path, digits: Path) -> None:
+    images = read_manifest(digits / "train").num_samples
+    for test, shared in (("", images), ("[40%:]", images // 2 - images * 4 // 10)):
+        outcome = vitscale_on_ranks(
+            2, "knn", trained, "--train", f"{digits}/train[:50%]" if test else digits / "train",
+            "--test", f"{digits}/train{test}", "--k", "1",
+        )  # fmt: skip
+        assert (outcome.code, outcome.out) == (1, "")
+        assert outcome.errors.count(f"{digits}/train{test}: {shared} of its ") == 1, outcome.errors
 
 
 def test_training_goes_on_from_an_evaluation_as_if_there_had_been_none(digits: Path, tmp_path: Path) -> None:

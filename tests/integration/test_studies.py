@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,9 @@ import yaml
 
 from tests.helpers.command import vitscale
 from tests.helpers.runs import CONFIG, TINY, environment, overrides, write_digits
+from vitscale.config.loader import load_config, load_section
+from vitscale.studies.fine_tuning import as_overrides
+from vitscale.studies.scaling import Point, StudyConfig, StudySets, _job
 
 KEYS = dict(line.split("=", 1) for line in TINY)
 FINE_TUNING = {
@@ -87,8 +91,9 @@ def test_a_suite_chooses_learning_rates_and_goes_on_with_what_is_left(tmp_path: 
     jobs = tmp_path / "suite/jobs/pre-trained/digits"
     search = {rate: json.loads((jobs / f"lr-{rate}/result.json").read_text()) for rate in ("0.01", "0.03")}
     # 40 of 400 images are held out (the recipe's 10 %), and no test image is among them.
-    assert search["0.01"]["settings"]["tests"] == {"held-out": f"{digits}/train[:400][360:]"}
-    assert search["0.01"]["settings"]["data.train"] == f"{digits}/train[:400][:360]"
+    settings = json.loads((jobs / "lr-0.01/settings.json").read_text())
+    assert settings["tests"] == {"held-out": f"{digits}/train[:400][360:]"}
+    assert settings["train"] == f"{digits}/train[:400][:360]"
     results = json.loads((tmp_path / "suite/results.json").read_text())
     best = max(search, key=lambda rate: search[rate]["result"]["held-out"])
     assert results["learning_rates"] == {"pre-trained/digits": float(best)}
@@ -123,6 +128,22 @@ def test_a_stopped_suite_goes_on(tmp_path: Path, digits: Path, run: Path) -> Non
     assert "vitscale: stopped on" in errors
     saved = (metrics.parent / "checkpoints/latest").read_text().strip()
     assert saved.startswith("step-")
+
+
+def test_what_is_held_out_of_a_part_lies_in_it(digits: Path, tmp_path: Path) -> None:
+    part = f"{digits}/train[:50%]"
+    study = load_section(StudyConfig, write_study(tmp_path, digits, finetune=None))
+    base = load_config(study.base, as_overrides(study.overrides, {"data.train": part}))
+    sets = StudySets(part, 642, {}, None)
+    job = _job(
+        dataclasses.replace(study, overrides={**study.overrides, "data.train": part}),
+        sets,
+        Point("wider", 25.0, 0, 160),
+        None,
+    )
+    assert base.data.train == part
+    assert job.settings["data.train"] == f"{part}[:160]"
+    assert job.settings["data.eval"] == f"{part}[642:]"
 
 
 def write_study(folder: Path, digits: Path, **changes: Any) -> Path:
@@ -188,6 +209,7 @@ def test_a_study_of_nested_parts(tmp_path: Path, digits: Path) -> None:
         ({"recipe": "bit"}, "recipe: must be vit | bit_hyperrule, got bit"),
         ({"overrides": {"optim.lrr": 1}}, "optim.lrr"),
         ({"folder": "/proc/no"}, "folder: cannot write to /proc/no"),
+        ({"image_size": 18}, "18"),
     ],
 )
 def test_mistakes_in_a_suite_are_one_error(
@@ -197,6 +219,24 @@ def test_mistakes_in_a_suite_are_one_error(
     assert outcome.code in (1, 2)
     assert message in outcome.errors
     assert "Traceback" not in outcome.errors
+
+
+def test_sets_are_looked_at_before_anything_is_trained(tmp_path: Path, digits: Path, run: Path) -> None:
+    dataset = {"train": f"{digits}/train[:50%]", "test": f"{digits}/nope", "learning_rates": [0.01]}
+    outcome = vitscale("transfer", write_suite(tmp_path, digits, datasets={"digits": dataset}), run)
+    assert outcome.code == 1
+    assert "nope: no such shard set" in outcome.errors
+    dataset["test"] = f"{digits}/train[40%:]"
+    outcome = vitscale("transfer", write_suite(tmp_path, digits, datasets={"digits": dataset}), run)
+    assert outcome.code == 1
+    assert "images are learnt from" in outcome.errors
+    study = write_study(tmp_path, digits, finetune={"train": f"{digits}/train", "test": f"{digits}/train[:5]", "lr": 1.0,
+                                                    "image_size": 16})  # fmt: skip
+    outcome = vitscale("study", study)
+    assert outcome.code == 1
+    assert "5 of its 5 images are learnt from" in outcome.errors
+    assert not (tmp_path / "study").exists()
+    assert not (tmp_path / "suite").exists()
 
 
 def test_a_study_of_a_mixture_or_without_classes_is_refused(tmp_path: Path, digits: Path) -> None:

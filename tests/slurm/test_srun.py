@@ -6,27 +6,19 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.faults import Fault
 from tests.helpers.runs import CONFIG, checkpoint_of, environment, finish, metrics, overrides
-from tests.helpers.slurm import SlurmCluster, require_slurm, slurm_cluster
+from tests.helpers.slurm import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 ONE_NODE = ("-N1", "-n2")
 TWO_NODES = ("-N2", "-n2")
 # A failed rank ends the step within this time, also on a busy machine.
 SECONDS = 20
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[SlurmCluster]:
-    require_slurm()
-    with slurm_cluster(num_nodes=2) as running:
-        yield running
 
 
 def _srun(cluster: SlurmCluster, layout: tuple[str, str], arguments: list[str], **env: str) -> subprocess.Popen[str]:

@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 from vitscale.data.manifest import Manifest, ShardInfo
+from vitscale.data.storage.drivers import is_path
 from vitscale.errors import DataError
 
 # At the end of a location. What follows "//" is the host of a URL.
@@ -69,6 +72,49 @@ def take_part(manifest: Manifest, part: str) -> Manifest:
     stretches = zip(manifest.shards, counts_among_first(sizes, first), counts_among_first(sizes, stop), strict=True)
     shards = tuple(_stretch(shard, begin, end) for shard, begin, end in stretches if begin < end)
     return replace(manifest, shards=shards, part=manifest.part + part)
+
+
+def check_disjoint(train: Manifest, test: Manifest) -> None:
+    """See that no image of a test set is learnt from, as far as the indexes tell: tars of one content, or of one name
+    in one place, hold the same images.
+
+    Args:
+        train: what is learnt from.
+        test: what it is judged by.
+
+    Raises:
+        DataError: tells how many images of ``test`` are among those of ``train``.
+    """
+    learnt = defaultdict[tuple[str, ...], list[tuple[int, int]]](list)
+    for shard, identities in _identified(train):
+        for identity in identities:
+            learnt[identity].append((shard.first_sample, shard.first_sample + shard.num_samples))
+    shared = 0
+    for shard, identities in _identified(test):
+        shared += _covered(shard, [stretch for identity in identities for stretch in learnt.get(identity, ())])
+    if shared:
+        raise DataError(
+            f"{test.shown}: {shared} of its {test.num_samples} images are learnt from, as they are in {train.shown}, "
+            f"too, so the result would say nothing about new images; name a set that shares none, or parts that do "
+            f"not overlap, as SET[:80%] to learn from and SET[80%:] to test"
+        )
+
+
+def _identified(manifest: Manifest) -> Iterator[tuple[ShardInfo, list[tuple[str, ...]]]]:
+    """Each tar with what it is known by: two that have one of these in common are the same."""
+    folder = str(Path(manifest.tars).resolve()) if is_path(manifest.tars) else manifest.tars.rstrip("/")
+    for shard in manifest.shards:
+        yield shard, [(folder, shard.name)] + ([] if shard.sha256 is None else [(shard.sha256,)])
+
+
+def _covered(shard: ShardInfo, stretches: Sequence[tuple[int, int]]) -> int:
+    """Samples of a tar's stretch that lie in one of others, which may overlap."""
+    counted, position, stop = 0, shard.first_sample, shard.first_sample + shard.num_samples
+    for start, end in sorted(stretches):
+        inside = range(max(start, position), min(end, stop))
+        counted += len(inside)
+        position = max(position, inside.stop)
+    return counted
 
 
 def _bounds(part: str, total: int, shown: str) -> tuple[int, int]:

@@ -15,15 +15,22 @@ RIDGE_GRID = tuple(2.0**power for power in range(-10, 20, 2))
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model to be judged; arguments of :func:`vitscale.evaluation.pretrained.open_pretrained`."""
+    """A model to be judged, see :func:`vitscale.evaluation.pretrained.open_pretrained`."""
 
     location: Path
+    """A run folder, a file of weights, or a Hugging Face folder."""
     step: int | None = None
+    """Checkpoint of a run; None is the newest."""
     weights: Weights = Weights.RAW
+    """Of a run, the plain ones or their average."""
     model: Path | None = None
+    """Of a file, a YAML file with the keys of a configuration's model section, where the file does not tell."""
     overrides: tuple[str, ...] = ()
-    image_size: tuple[int, int] | None = None
+    """``data.key=value``: of a run only how the bytes are read."""
+    image_hw: tuple[int, int] | None = None
+    """Height and width in pixels, instead of the model's."""
     resize: ResizeMode | None = None
+    """How position and patch embeddings of another size are resized; None refuses that."""
 
 
 @dataclass(frozen=True)

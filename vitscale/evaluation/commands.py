@@ -54,7 +54,7 @@ def evaluate_model(
         VitscaleError: the model or the shard set cannot be used, or too many of its images.
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
-        pretrained = open_choice(choice, ranks)
+        pretrained = open_pretrained(choice, ranks)
         manifest = ranks.on_main(lambda: _labelled_set(pretrained, data))
         if confusion is not None:
             ranks.on_main(partial(check_confusion, confusion, pretrained.num_classes, multi_label=manifest.multi_label))
@@ -77,7 +77,7 @@ def evaluate_model(
             )
         assert accuracy is not None
         unreadable = gather_unreadable(ranks, faults)
-        check_readable(manifest, unreadable, at_most=reading.max_unreadable)
+        check_readable(manifest.shown, manifest.num_samples, unreadable, at_most=reading.max_unreadable)
         if confusion is not None and isinstance(accuracy, Accuracy) and accuracy.confusion is not None:
             draw = partial(write_confusion, confusion, accuracy.confusion, pretrained.classes or manifest.classes)
             ranks.on_main(partial(draw, title=f"{pretrained.name} on {manifest.shown}"))
@@ -99,7 +99,7 @@ def judge_features(
         VitscaleError: the model or a shard set cannot be used, or a class has too few images.
     """
     with connect(topology, timeout_s=TIMEOUT_S) as ranks:
-        pretrained = open_choice(choice, ranks)
+        pretrained = open_pretrained(choice, ranks)
         sets = ranks.on_main(lambda: open_feature_sets(evaluator, pretrained.data.storage))
         folder = cache.folder_of(choice, is_run=pretrained.step is not None)
         unreadable: list[str] = []
@@ -151,11 +151,11 @@ def cached_features(
     if unreadable is None:
         features = _extract(pretrained, manifest, reading, ranks)
         unreadable = ranks.on_main(lambda: features.unreadable)
-        check_readable(manifest, unreadable, at_most=reading.max_unreadable)
+        check_readable(manifest.shown, manifest.num_samples, unreadable, at_most=reading.max_unreadable)
         if folder is not None:
             ranks.on_main(partial(save_features, folder, identity, features))
         return features, unreadable
-    check_readable(manifest, unreadable, at_most=reading.max_unreadable)
+    check_readable(manifest.shown, manifest.num_samples, unreadable, at_most=reading.max_unreadable)
     return (kept[0] if kept else Features.none()), unreadable
 
 
@@ -170,20 +170,6 @@ def _extract(pretrained: Pretrained, manifest: Manifest, reading: Reading, ranks
         )
     assert features is not None
     return features
-
-
-def open_choice(choice: ModelChoice, ranks: Ranks) -> Pretrained:
-    """Load a model onto this rank, as :func:`vitscale.evaluation.pretrained.open_pretrained` does. Collective."""
-    return open_pretrained(
-        choice.location,
-        ranks,
-        step=choice.step,
-        weights=choice.weights,
-        model=choice.model,
-        overrides=choice.overrides,
-        image_size=choice.image_size,
-        resize=choice.resize,
-    )
 
 
 def _progress(what: str, manifest: Manifest, ranks: Ranks) -> AbstractContextManager[Callable[[int], None]]:

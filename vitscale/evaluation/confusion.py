@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vitscale.durable import published
 from vitscale.errors import ConfigError, DataError
+from vitscale.evaluation.names import output_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,19 +53,13 @@ def write_confusion(path: Path, table: NDArray[np.int64], classes: Sequence[str]
     Raises:
         DataError: the files cannot be written.
     """
-    names = _names(len(table), classes)
+    names = output_names(classes, len(table), unnamed="{}")
     try:
         with published(path.with_suffix(".npz")) as file:
             np.savez_compressed(file, counts=table, classes=np.array(names))
         _draw(path, table, names, title)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from error
-
-
-def _names(count: int, classes: Sequence[str] | None) -> list[str]:
-    """Class names, and numbers where the head has more outputs than there are names."""
-    named = list(classes or ())[:count]
-    return named + [str(number) for number in range(len(named), count)]
 
 
 def _draw(path: Path, table: NDArray[np.int64], names: list[str], title: str) -> None:

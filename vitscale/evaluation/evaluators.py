@@ -11,6 +11,7 @@ import torch
 from vitscale.config.evaluators import FeatureEvaluator, FewshotEvaluator, KnnEvaluator
 from vitscale.config.schema import StorageConfig
 from vitscale.data.manifest import Manifest
+from vitscale.data.parts import check_disjoint
 from vitscale.data.shard_set import open_evaluation_set
 from vitscale.distributed import Ranks
 from vitscale.evaluation.features import Features
@@ -27,10 +28,11 @@ def open_feature_sets(evaluator: FeatureEvaluator, storage: StorageConfig) -> tu
     """The sets to learn from and to classify.
 
     Raises:
-        DataError: one of them cannot be used, or their labels mean different things.
+        DataError: one of them cannot be used, their labels mean different things, or they share images.
     """
     train = open_evaluation_set(evaluator.train, storage)
     test = open_evaluation_set(evaluator.test, storage, classes=train.classes, of=train.shown)
+    check_disjoint(train, test)
     return train, test
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,14 +23,13 @@ from vitscale.data.decode import BadSampleError
 from vitscale.data.loader import BatchLoader, evaluation_recipe
 from vitscale.data.manifest import INDEX_NAME, Manifest
 from vitscale.data.order import SequentialOrder
+from vitscale.data.parts import split_part
 from vitscale.data.shard_set import open_shard_set, open_source
 from vitscale.data.storage.drivers import is_path, without_secrets
 from vitscale.data.stream import IMAGE_EXTENSIONS, ShardStream
 from vitscale.data.transforms import evaluation_crop
 from vitscale.errors import DataError
 
-# "train[:500]": a part of a shard set, if "train" is one; else brackets are a pattern's.
-_PART = re.compile(r"(?P<set>.*)\[[^\]]*:[^\]]*\]")
 _BATCHES_AHEAD = 2
 
 
@@ -120,10 +118,15 @@ def _look_up(word: str, storage: StorageConfig) -> tuple[Path, ...] | Manifest:
 
 
 def _names_set(word: str) -> bool:
-    if not is_path(word) or (Path(word) / INDEX_NAME).is_file():
+    if not is_path(word):
         return True
-    part = _PART.fullmatch(word)
-    return part is not None and (Path(part["set"]) / INDEX_NAME).is_file()
+    # "train[:500]" is a part of a shard set if "train" is one or a part of one; else brackets are a pattern's.
+    larger, part = word, ""
+    while part is not None:
+        if (Path(larger) / INDEX_NAME).is_file():
+            return True
+        larger, part = split_part(larger)
+    return False
 
 
 def _files_in(path: Path, *, named: bool = True) -> tuple[Path, ...]:

@@ -23,6 +23,7 @@ from vitscale.config.section import section
 from vitscale.data.loader import value_range
 from vitscale.distributed import Ranks
 from vitscale.errors import CheckpointError, ConfigError, WeightsError
+from vitscale.evaluation.choices import ModelChoice
 from vitscale.models.build import Model, build_model
 from vitscale.weights.choices import ResizeMode, WeightFormat
 from vitscale.weights.expected import family_of
@@ -31,7 +32,7 @@ from vitscale.weights.formats import HF_CONFIG, Family, WeightsFile, open_weight
 from vitscale.weights.guess import guess_model
 from vitscale.weights.load import load_from
 from vitscale.weights.names import OWN
-from vitscale.weights.told import VERSION_KEY
+from vitscale.weights.save import model_metadata
 
 RUN_CONFIG = "config.yaml"
 # What may be read differently from the run: how the bytes arrive, not what the model sees.
@@ -97,42 +98,25 @@ class Description:
         return family_of(self.config, self.data.image_hw)
 
 
-def open_pretrained(
-    location: Path,
-    ranks: Ranks,
-    *,
-    step: int | None = None,
-    weights: Weights = Weights.RAW,
-    model: Path | None = None,
-    overrides: Sequence[str] = (),
-    image_size: int | tuple[int, int] | None = None,
-    resize: ResizeMode | None = None,
-) -> Pretrained:
+def open_pretrained(choice: ModelChoice, ranks: Ranks) -> Pretrained:
     """Load a model onto this rank. Collective.
 
     Args:
-        location: a run folder, a file of weights, or a Hugging Face folder.
+        choice: of the model.
         ranks: who takes part; each gets the whole model.
-        step: checkpoint of a run; the newest by default.
-        weights: of a run, the plain ones or their average.
-        model: of a file, a YAML file with the keys of a configuration's model section, where the file does not tell.
-        overrides: ``data.key=value``: of a run only how the bytes are read (:data:`READING_KEYS`).
-        image_size: one side or (height, width) in pixels, instead of the model's.
-        resize: how position and patch embeddings of another size are resized; None refuses that.
 
     Raises:
-        CheckpointError: the folder is no run, or the run has no such checkpoint.
-        WeightsError: the file cannot be read, or does not fit the model.
-        ConfigError: an option does not go with this kind of location, or the file does not tell its model.
+        VitscaleError: as :func:`describe_pretrained`, and if the weights do not fit the model.
     """
+    location, weights, resize = choice.location, choice.weights, choice.resize
     found = ranks.on_main(
         lambda: describe_pretrained(
             location,
-            step=step,
+            step=choice.step,
             weights=weights,
-            model=model,
-            overrides=overrides,
-            image_size=image_size,
+            model=choice.model,
+            overrides=choice.overrides,
+            image_hw=choice.image_hw,
             resize=resize,
         )
     )
@@ -164,11 +148,16 @@ def describe_pretrained(
     weights: Weights = Weights.RAW,
     model: Path | None = None,
     overrides: Sequence[str] = (),
-    image_size: int | tuple[int, int] | None = None,
+    image_hw: tuple[int, int] | None = None,
     resize: ResizeMode | None = None,
 ) -> Description:
-    """Find out what a model is; takes and raises the same as :func:`open_pretrained`, for one process."""
-    image_hw = (image_size, image_size) if isinstance(image_size, int) else image_size
+    """Find out what a model is, for one process; takes what :class:`ModelChoice` holds.
+
+    Raises:
+        CheckpointError: the folder is no run, or the run has no such checkpoint.
+        WeightsError: the file cannot be read.
+        ConfigError: an option does not go with this kind of location, or the file does not tell its model.
+    """
     describe = _of_run if _is_run(location) else _of_file
     return describe(location, step, weights, model, overrides, image_hw, resize)
 
@@ -332,7 +321,7 @@ def checkpoint_weights(
         name: Stored(values.shape, values.dtype, lambda values=values: values)  # type: ignore[misc]
         for name, values in state.items()
     }
-    metadata = {VERSION_KEY: str(checkpoint.content.get("vitscale_version", "")), "image_size": json.dumps(image_hw)}
+    metadata = model_metadata(config, image_hw)
     return WeightsFile(
         path=path,
         format=WeightFormat.SAFETENSORS,

@@ -18,6 +18,7 @@ from vitscale import __version__
 from vitscale.data.loader import value_range
 from vitscale.durable import published
 from vitscale.errors import ConfigError, DataError
+from vitscale.evaluation.names import output_names
 from vitscale.evaluation.pretrained import Pretrained
 from vitscale.models.build import Model, build_model
 
@@ -73,7 +74,7 @@ def export_program(pretrained: Pretrained, out: Path, *, force: bool) -> dict[st
         "image_size": [height, width],
         "crop": pretrained.data.eval_resize,
         "crop_share": pretrained.data.eval_crop_share,
-        "classes": None if pretrained.classes is None else list(pretrained.classes),
+        "classes": None if pretrained.classes is None else output_names(pretrained.classes, pretrained.num_classes),
         "weights": pretrained.digest,
         "step": pretrained.step,
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vitscale.data.loader import Quarantined
-from vitscale.data.manifest import Manifest
 from vitscale.distributed import Ranks
 from vitscale.errors import DataError, on_every_rank
 
@@ -22,31 +23,32 @@ def gather_unreadable(ranks: Ranks, mine: list[Quarantined]) -> tuple[str, ...]:
     return tuple(f"{fault.shard}: {fault.key} ({fault.reason})" for fault in faults)
 
 
-def check_readable(manifest: Manifest, unreadable: tuple[str, ...], *, at_most: int | None = None) -> None:
-    """Refuse a set of which too many images cannot be read. The same on all ranks, which see the same.
+def check_readable(shown: str, num_images: int, unreadable: Sequence[str], *, at_most: int | None = None) -> None:
+    """Refuse images of which too many cannot be read. The same on all ranks, which see the same.
 
     Args:
-        manifest: the set.
-        unreadable: its images that cannot be read.
+        shown: stands for the images in messages.
+        num_images: all of them.
+        unreadable: those that cannot be read.
         at_most: so many are fine; by default one, or one in a hundred.
 
     Raises:
         DataError: names the first ones, and how many there are.
     """
-    allowed = max(1, int(MAX_UNREADABLE_SHARE * manifest.num_samples)) if at_most is None else at_most
-    if len(unreadable) == manifest.num_samples:
+    allowed = max(1, int(MAX_UNREADABLE_SHARE * num_images)) if at_most is None else at_most
+    if len(unreadable) == num_images:
         raise on_every_rank(
             DataError(
-                f"{manifest.shown}: none of {manifest.num_samples} images can be read ({unreadable[0]}); write the "
-                f"shard set again and evaluate anew"
+                f"{shown}: none of {num_images} images can be read ({unreadable[0]}); write the shard set again, or "
+                f"name other images"
             )
         )
     if len(unreadable) > allowed:
         more = f", and {len(unreadable) - NAMED} more" if len(unreadable) > NAMED else ""
         raise on_every_rank(
             DataError(
-                f"{manifest.shown}: {len(unreadable)} of {manifest.num_samples} images cannot be read, of which "
-                f"{allowed} are allowed: {'; '.join(unreadable[:NAMED])}{more}; mend the shard set, or allow them "
-                f"with --max-unreadable {len(unreadable)}"
+                f"{shown}: {len(unreadable)} of {num_images} images cannot be read, of which {allowed} are allowed: "
+                f"{'; '.join(unreadable[:NAMED])}{more}; mend them, or allow them with --max-unreadable "
+                f"{len(unreadable)}"
             )
         )

@@ -59,6 +59,10 @@ def ranks_of_attempts(run: Path) -> dict[int, int]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    # A process that was killed leaves part of a line.
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # a process that was killed leaves part of a line
+    return [record for record in records if isinstance(record, dict)]

@@ -1,8 +1,9 @@
 """The jobs of a study: each is a few commands with one result, done once, by any number of workers on any machines.
 
 Workers share nothing but a folder. Each takes the first job that nobody works on and that has no result, and waits at
-the end for the jobs of the others. A worker that dies leaves its job to the others; the job's own commands go on where
-they stopped. A result remembers the settings that it came from, and is refused under others.
+the end for the jobs of the others. A worker that dies leaves its job to the others, as soon as the command that it had
+started is over; the job's own commands go on where they stopped. A job that was begun remembers its settings, and is
+refused under others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ POLL_S = 1.0
 # How often a worker that has nothing to do looks whether the others are done.
 PATIENCE_S = 5.0
 LINES_OF_LOG = 12
+SETTINGS, RESULT = "settings.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Workplace:
 
     folder: Path
     stop: StopRequest
+    lock: Lock
 
     @property
     def log(self) -> Path:
@@ -73,9 +76,10 @@ class Workplace:
             log.flush()
             output = self.folder / "output.txt"
             with output.open("wb") as out:
-                code = self._wait(
-                    subprocess.Popen([sys.executable, "-m", "vitscale", *arguments], stdout=out, stderr=log)
-                )
+                command = [sys.executable, "-m", "vitscale", *arguments]
+                # The command keeps the lock if this process is killed: another worker would start it beside itself.
+                keeps = (self.lock.fileno(),)
+                code = self._wait(subprocess.Popen(command, stdout=out, stderr=log, pass_fds=keeps))
             text = output.read_text(encoding="utf-8", errors="replace")
             log.write(text.encode())
         if code == Interrupted.exit_code or (code and self.stop.received):
@@ -149,10 +153,10 @@ def _round(
     for job in left:
         if stop.received:
             break
-        place = Workplace(folder / job.name, stop)
+        lock = Lock(folder / job.name / ".lock")
+        place = Workplace(folder / job.name, stop, lock)
         try:
             place.folder.mkdir(parents=True, exist_ok=True)
-            lock = Lock(place.folder / ".lock")
             taken = lock.take()
         except OSError as error:
             raise ConfigError(
@@ -177,31 +181,37 @@ def _round(
 
 
 def _work(job: Job, place: Workplace) -> Result:
+    _check_settings(job, place.folder)
+    publish_text(place.folder / SETTINGS, json.dumps(job.settings, indent=1) + "\n")
     start = time.monotonic()
     result = job.work(place)
-    record = {"settings": job.settings, "result": result, "seconds": round(time.monotonic() - start, 1)}
-    publish_text(place.folder / "result.json", json.dumps(record, indent=1) + "\n")
+    record = {"result": result, "seconds": round(time.monotonic() - start, 1)}
+    publish_text(place.folder / RESULT, json.dumps(record, indent=1) + "\n")
     return result
 
 
 def _read_result(job: Job, folder: Path) -> Result | None:
-    path = folder / job.name / "result.json"
+    path = folder / job.name / RESULT
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    settings = json.loads(json.dumps(job.settings))
-    if record["settings"] != settings:
-        changed = sorted(
-            key for key in {*settings, *record["settings"]} if settings.get(key) != record["settings"].get(key)
-        )
-        key = changed[0]
-        was, now = record["settings"].get(key), settings.get(key)
-        raise ConfigError(
-            f"{path}: was done with other settings ({', '.join(changed)}; {key} was {was!r} and is {now!r}); remove "
-            f"{path.parent} to do it again, or choose another folder"
-        )
-    result: Result = record["result"]
+    _check_settings(job, path.parent)
+    result: Result = json.loads(path.read_text(encoding="utf-8"))["result"]
     return result
+
+
+def _check_settings(job: Job, folder: Path) -> None:
+    """A job that was begun under other settings would go on, and its result would be nobody's."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(job.settings))
+    if before != now:
+        changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
+        key = changed[0]
+        raise ConfigError(
+            f"{folder}: was begun with other settings ({', '.join(changed)}; {key} was {before.get(key)!r} and is "
+            f"{now.get(key)!r}); remove that folder to do it again, or choose another folder"
+        )
 
 
 def _shown(result: Result) -> str:

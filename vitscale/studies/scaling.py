@@ -16,23 +16,46 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from vitscale.checkpoint.choices import Weights
 from vitscale.config.bounds import NonNegative, Positive
+from vitscale.config.evaluators import FewshotEvaluator
 from vitscale.config.loader import load_config
-from vitscale.config.schema import TrainConfig
+from vitscale.config.schema import StorageConfig, TrainConfig
 from vitscale.config.section import section
 from vitscale.data.manifest import Manifest
+from vitscale.data.parts import check_disjoint
 from vitscale.data.shard_set import open_shard_set
 from vitscale.durable import publish_text
 from vitscale.errors import ConfigError
+from vitscale.evaluation.accuracy import open_labelled_set
+from vitscale.evaluation.evaluators import open_feature_sets
+from vitscale.models.shapes import resolve_shape
+from vitscale.plan import accumulation_steps
 from vitscale.studies.compute import best_step, compute_of
-from vitscale.studies.fine_tuning import Keys, Training, as_overrides, compose, ranks_option, score
+from vitscale.studies.fine_tuning import (
+    CHOSEN,
+    Keys,
+    Training,
+    as_overrides,
+    fine_tuning_config,
+    ranks_option,
+    refuse_chosen,
+)
 from vitscale.studies.jobs import Job, Result, Workplace, run_jobs
-from vitscale.studies.models import fine_tuned_model
+from vitscale.studies.models import fine_tuned_model, init_keys
 from vitscale.studies.tables import Score, Table
-from vitscale.studies.transfer import accuracy
 from vitscale.train.recipes import recipe
 from vitscale.train.signals import StopRequest
 from vitscale.weights.expected import family_of
+
+OF_STUDY = {
+    "run": "each has a folder of its own",
+    "seed": "set seeds",
+    "data.eval": "it is the end of the training data, see held_out",
+    "checkpoint.folder": "each has a folder of its own",
+    "checkpoint.keep_best": "see select",
+}
+"""Keys that a pre-training gets from the study."""
 
 Percent = Annotated[float, Field(gt=0, le=100)]
 
@@ -70,6 +93,9 @@ class FineTuneConfig:
     overrides: Keys = field(default_factory=dict)
     """Dotted keys of the training configuration and their values (duration: {steps: 500})."""
 
+    def __post_init__(self) -> None:
+        refuse_chosen(self.overrides, CHOSEN, "finetune.overrides")
+
 
 @section
 class StudyConfig:
@@ -100,6 +126,9 @@ class StudyConfig:
         for name, values in (("parts", self.parts), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must name at least one value, each once, got {list(values)}")
+        refuse_chosen(self.overrides, OF_STUDY, "overrides")
+        for name, keys in self.models.items():
+            refuse_chosen(keys, {**OF_STUDY, "data.train": "all models learn from the same images"}, f"models.{name}")
         folders = [_folder_name(name) for name in self.models]
         if len(set(folders)) < len(folders) or not all(folders):
             raise ValueError(f"models: the names become folders ({', '.join(folders)}), which must differ; rename one")
@@ -134,20 +163,22 @@ def run_study(
         VitscaleError: as :func:`vitscale.studies.jobs.run_jobs`, or data or configuration cannot be used.
     """
     base = load_config(study.base, as_overrides(study.overrides))
-    if not isinstance(base.data.train, str):
+    train, storage = base.data.train, base.data.storage
+    if not isinstance(train, str):
         raise ConfigError(
             f"{study.base}: data.train is a mixture, of which there are no parts; name a single shard set"
         )
-    whole = open_shard_set(base.data.train, base.data.storage)
-    size = whole.num_samples
-    available = size - max(1, round(size * study.held_out / 100))
+    whole = open_shard_set(train, storage)
+    available = whole.num_samples - max(1, round(whole.num_samples * study.held_out / 100))
     points = [
         Point(model, percent, seed, max(1, round(available * percent / 100)))
         for model in study.models
         for percent in sorted(study.parts)
         for seed in study.seeds
     ]
-    jobs = [_job(study, whole, available, point, nproc) for point in points]
+    tuning = None if study.finetune is None else open_shard_set(study.finetune.train, storage)
+    sets = StudySets(train, available, _look_at_sets(study, whole, tuning, storage), tuning)
+    jobs = [_job(study, sets, point, nproc) for point in points]
     results = run_jobs(jobs, study.folder / "jobs", stop=stop, say=say)
     by_point = {point: results[point.name] for point in points}
     table = _table(study, by_point)
@@ -178,26 +209,61 @@ def _measures(study: StudyConfig) -> tuple[str, ...]:
     return ("fewshot",) if study.finetune is None else ("fewshot", "finetuned")
 
 
-def _job(study: StudyConfig, whole: Manifest, available: int, point: Point, nproc: int | None) -> Job:
-    folder, train = study.folder / "jobs" / point.name, whole.location
+@dataclass(frozen=True)
+class StudySets:
+    """The shard sets of a study, which were looked at."""
+
+    train: str
+    """What is taken parts of."""
+    available: int
+    """Images of it that are not held out."""
+    digests: Mapping[str, str]
+    """Of all sets, by what they are for: results of other content are other results."""
+    fine_tuning: Manifest | None
+
+
+def _look_at_sets(
+    study: StudyConfig, whole: Manifest, tuning: Manifest | None, storage: StorageConfig
+) -> dict[str, str]:
+    """Digests of all sets, which fit each other."""
+    fewshot = FewshotEvaluator(train=study.fewshot.train, test=study.fewshot.test)
+    shots, test = open_feature_sets(fewshot, storage)
+    digests = {"pre-training": whole.digest, "few-shot": shots.digest, "few-shot test": test.digest}
+    check_disjoint(whole, test)
+    if study.finetune is not None and tuning is not None:
+        if tuning.classes is None:
+            raise ConfigError(f"finetune.train: {tuning.shown} names no classes; write the set with their names")
+        test = open_labelled_set(study.finetune.test, storage, len(tuning.classes), tuning.classes)
+        for learned in (whole, tuning):
+            check_disjoint(learned, test)
+        digests |= {"fine-tuning": tuning.digest, "fine-tuning test": test.digest}
+    return digests
+
+
+def _job(study: StudyConfig, sets: StudySets, point: Point, nproc: int | None) -> Job:
+    folder = study.folder / "jobs" / point.name
     keys = {
         "run": str(folder / "pre-training"),
         "seed": point.seed,
-        "data.train": f"{train}[:{point.num_samples}]",
-        "data.eval": f"{train}[{available}:]",
+        "data.train": f"{sets.train}[:{point.num_samples}]",
+        "data.eval": f"{sets.train}[{sets.available}:]",
         **({"checkpoint.keep_best": 1} if study.select == "best" else {}),
     }
     overrides = {**study.overrides, **study.models[point.model]}
     config = load_config(study.base, as_overrides(overrides, keys))
+    resolve_shape(config.model, config.data.image_hw)
+    accumulation_steps(config, nproc or 1)
     if study.select == "best" and config.evaluation.every is None:
         raise ConfigError(
             f"{study.base}: evaluation.every is null, so there is no best checkpoint; set it, or select=last"
         )
+    # With the step that is chosen later, it is this one again.
+    _fine_tuning(study, sets, config, None, nproc)
     settings = {
-        "data": whole.digest,
         "base": study.base.read_text(encoding="utf-8"),
         "overrides": overrides,
         **{key: value for key, value in keys.items() if key != "run"},
+        "data": dict(sets.digests),
         "select": study.select,
         "fewshot": vars(study.fewshot),
         "finetune": study.finetune and vars(study.finetune),
@@ -215,8 +281,9 @@ def _job(study: StudyConfig, whole: Manifest, available: int, point: Point, npro
             "flops": compute.flops,
             "device_days": compute.device_days,
         }
-        if study.finetune is not None:
-            result["finetuned"] = _fine_tune(study.finetune, config, step, place, nproc)
+        if (fine_tuning := _fine_tuning(study, sets, config, step, nproc)) and study.finetune is not None:
+            fine_tuning.run(place)
+            result["finetuned"] = fine_tuning.accuracy(place, study.finetune.test)
         return result
 
     return Job(point.name, settings, work)
@@ -233,34 +300,28 @@ def _fewshot(
     return 100.0 * float(json.loads(told.splitlines()[-1])[f"{fewshot.shots}-shot"])
 
 
-def _fine_tune(
-    finetune: FineTuneConfig, config: TrainConfig, step: int | None, place: Workplace, nproc: int | None
-) -> float:
-    manifest = open_shard_set(finetune.train, config.data.storage)
-    if manifest.classes is None:
-        raise ConfigError(f"finetune.train: {manifest.shown} names no classes; write the set with their names")
-    found = recipe(finetune.recipe, num_examples=manifest.num_samples, image_size=finetune.image_size)
+def _fine_tuning(
+    study: StudyConfig, sets: StudySets, config: TrainConfig, step: int | None, nproc: int | None
+) -> Training | None:
+    """Of a pre-trained model, from its checkpoint of ``step``; None if the study does without."""
+    finetune, manifest = study.finetune, sets.fine_tuning
+    if finetune is None or manifest is None or manifest.classes is None:
+        return None
     family = family_of(config.model, config.data.image_hw)
-    ema = {} if config.optim.ema_decay is None else {"weights": "ema"}
-    keys = {
-        "run": str(place.folder / "fine-tuning"),
-        "seed": config.seed,
-        **found.keys,
-        "optim.lr": finetune.lr,
-        "data.train": finetune.train,
-        "model": fine_tuned_model(config.model, family, num_classes=len(manifest.classes)),
-        "init": {
-            "path": str(config.run),
-            "step": step,
-            "resize": finetune.resize,
-            "head": "new",
-            "pre_logits": "drop",
-            **ema,
-        },
-    }
-    training = Training(compose(keys, finetune.overrides, origin=f"fine-tuning of {config.run}"), nproc)
-    training.run(place)
-    return accuracy(score(place, training, finetune.test))
+    weights = Weights.RAW if config.optim.ema_decay is None else Weights.EMA
+    found = fine_tuning_config(
+        recipe(finetune.recipe, num_examples=manifest.num_samples, image_size=finetune.image_size),
+        run=config.run.with_name("fine-tuning"),
+        seed=config.seed,
+        lr=finetune.lr,
+        train=finetune.train,
+        model=fine_tuned_model(config.model, family, num_classes=len(manifest.classes)),
+        init=init_keys(config.run, step=step, weights=weights, resize=finetune.resize),
+        overrides=finetune.overrides,
+        nproc=nproc,
+        origin=f"fine-tuning of {config.run}",
+    )
+    return Training(found, nproc)
 
 
 def _checkpoint_options(config: TrainConfig, step: int | None) -> Sequence[str]:

@@ -16,22 +16,31 @@ from vitscale.durable import publish_text
 class Score:
     """Accuracies of repetitions, in percent."""
 
-    values: tuple[float, ...]
+    values: tuple[float | None, ...]
+    """None where training diverged."""
+
+    @property
+    def finished(self) -> list[float]:
+        """Those that did not diverge."""
+        return [value for value in self.values if value is not None]
 
     @property
     def mean(self) -> float:
-        """Over the repetitions."""
-        return statistics.fmean(self.values)
+        """Over the repetitions that did not diverge, of which there is one at least."""
+        return statistics.fmean(self.finished)
 
     @property
     def deviation(self) -> float | None:
         """Sample standard deviation; None of a single repetition."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return statistics.stdev(self.finished) if len(self.finished) > 1 else None
 
     def __str__(self) -> str:
         """As the ViT paper writes it: ``99.50 ± 0.06``."""
-        deviation = self.deviation
-        return f"{self.mean:.2f}" if deviation is None else f"{self.mean:.2f} ± {deviation:.2f}"
+        if not self.finished:
+            return "diverged"
+        deviation, missing = self.deviation, len(self.values) - len(self.finished)
+        text = f"{self.mean:.2f}" if deviation is None else f"{self.mean:.2f} ± {deviation:.2f}"
+        return f"{text}, {missing} diverged" if missing else text
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from vitscale.config.bounds import Positive
 from vitscale.config.section import section
 from vitscale.data.manifest import Manifest
+from vitscale.data.parts import check_disjoint
 from vitscale.data.shard_set import open_shard_set
 from vitscale.durable import publish_text
 from vitscale.errors import ConfigError
-from vitscale.studies.fine_tuning import Keys, Training, compose, diverged, score
+from vitscale.evaluation.accuracy import open_labelled_set
+from vitscale.studies.fine_tuning import (
+    CHOSEN,
+    Keys,
+    Training,
+    diverged,
+    fine_tuning_config,
+    refuse_chosen,
+    storage_of,
+)
 from vitscale.studies.jobs import CommandError, Job, Result, Workplace, run_jobs
 from vitscale.studies.models import StartingPoint
 from vitscale.studies.tables import Score, Table
@@ -45,6 +55,8 @@ class DatasetConfig:
     """To choose from; by default the recipe's. With a single one, nothing is held out and nothing is chosen."""
     held_out: Annotated[float, Field(gt=0, lt=100)] | None = None
     """Percent of the training set, its end, that the learning rate is chosen on; by default the recipe's."""
+    image_size: Positive | None = None
+    """Pixels of a side, instead of the suite's: 128 for small images in BiT-HyperRule."""
     group: str | None = None
     """Datasets of one group also get a row with their mean (VTAB)."""
     overrides: Keys = field(default_factory=dict)
@@ -77,8 +89,20 @@ class SuiteConfig:
                 raise ValueError(
                     f"datasets: {name!r} becomes the name of a folder; take one without '/' and dots in front"
                 )
-        if shared := sorted({d.group for d in self.datasets.values() if d.group} & set(self.datasets)):
-            raise ValueError(f"datasets: {shared[0]!r} is a group and a dataset; rename one of them")
+        refuse_chosen(self.overrides, CHOSEN, "overrides")
+        for name, dataset in self.datasets.items():
+            refuse_chosen(dataset.overrides, CHOSEN, f"datasets.{name}.overrides")
+        rows = [row for name, dataset in self.datasets.items() for row in tests_of(name, dataset)]
+        rows += sorted({dataset.group for dataset in self.datasets.values() if dataset.group})
+        if twice := sorted({row for row in rows if rows.count(row) > 1}):
+            raise ValueError(
+                f"datasets: {twice[0]!r} names two rows of the table (datasets, tests and groups); rename one of them"
+            )
+
+
+def tests_of(name: str, dataset: DatasetConfig) -> dict[str, str]:
+    """Test sets by row of the table."""
+    return {name: dataset.test} if isinstance(dataset.test, str) else dataset.test
 
 
 @dataclass(frozen=True)
@@ -92,13 +116,13 @@ class Task:
     num_classes: int
     train_size: int
     """Images of the training set."""
-    data: str
-    """Digest of the training set."""
+    digests: Mapping[str, str]
+    """Of the shard sets, by location: results of other content are other results."""
     nproc: int | None
 
     @property
-    def config(self) -> DatasetConfig:
-        """The dataset's section."""
+    def section(self) -> DatasetConfig:
+        """The dataset's."""
         return self.suite.datasets[self.dataset]
 
     @property
@@ -109,19 +133,18 @@ class Task:
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """To choose from."""
-        return self.config.learning_rates or self.recipe.learning_rates
+        return self.section.learning_rates or self.recipe.learning_rates
 
     @property
     def tests(self) -> dict[str, str]:
         """Test sets by row of the table."""
-        test = self.config.test
-        return {self.dataset: test} if isinstance(test, str) else test
+        return tests_of(self.dataset, self.section)
 
     def parts(self) -> tuple[str, str]:
         """The training set without its held-out part, and that part."""
-        share = self.config.held_out or self.recipe.held_out_percent
+        share = self.section.held_out or self.recipe.held_out_percent
         kept = max(1, self.train_size - max(1, round(self.train_size * share / 100)))
-        return f"{self.config.train}[:{kept}]", f"{self.config.train}[{kept}:]"
+        return f"{self.section.train}[:{kept}]", f"{self.section.train}[{kept}:]"
 
     def search(self) -> list[Job]:
         """The jobs that the learning rate is chosen by; none where there is no choice."""
@@ -151,50 +174,52 @@ class Task:
     def final(self, lr: float) -> list[Job]:
         """The jobs whose scores are told."""
         return [
-            self._job(f"seed-{seed}", lr, seed, self.config.train, self.tests, keep=True)
+            self._job(f"seed-{seed}", lr, seed, self.section.train, self.tests, keep=True)
             for seed in range(self.suite.seeds)
         ]
 
     def _job(self, name: str, lr: float, seed: int, train: str, tests: dict[str, str], *, keep: bool) -> Job:
-        folder = self.suite.folder / "jobs" / self.name / name
-        keys = {
-            "run": str(folder / "run"),
-            "seed": seed,
-            **self.recipe.keys,
-            "optim.lr": lr,
-            "data.train": train,
-            "model": self.model.keys(num_classes=self.num_classes),
-            "init": {"path": str(self.model.path), "resize": self.suite.resize, "head": "new", "pre_logits": "drop"},
-        }
-        overrides = {**self.suite.overrides, **self.config.overrides}
-        training = Training(compose(keys, overrides, origin=f"fine-tuning on {self.dataset}"), self.nproc)
+        model = self.model.model_keys(num_classes=self.num_classes)
+        overrides = {**self.suite.overrides, **self.section.overrides}
+        config = fine_tuning_config(
+            self.recipe,
+            run=self.suite.folder / "jobs" / self.name / name / "run",
+            seed=seed,
+            lr=lr,
+            train=train,
+            model=model,
+            init=self.model.init_keys(resize=self.suite.resize),
+            overrides=overrides,
+            nproc=self.nproc,
+            origin=f"fine-tuning on {self.dataset}",
+        )
         settings = {
-            **{key: value for key, value in keys.items() if key not in ("run", "init")},
-            "data": self.data,
+            "recipe": dict(self.recipe.keys),
+            "overrides": overrides,
+            "model": model,
             "weights": self.model.digest,
             "resize": self.suite.resize,
-            "overrides": overrides,
+            "lr": lr,
+            "seed": seed,
+            "train": train,
             "tests": tests,
+            "data": dict(self.digests),
         }
+        training = Training(config, self.nproc)
 
         def work(place: Workplace) -> Result:
             try:
                 training.run(place)
             except CommandError as error:
-                if keep or not diverged(error):
-                    raise
-                return dict.fromkeys(tests)
-            result = {row: accuracy(score(place, training, test)) for row, test in tests.items()}
+                if diverged(error):
+                    return dict.fromkeys(tests)
+                raise
+            result: Result = {row: training.accuracy(place, test) for row, test in tests.items()}
             if not keep:
-                training.forget()
+                training.remove_checkpoints()
             return result
 
         return Job(f"{self.name}/{name}", settings, work)
-
-
-def accuracy(told: Mapping[str, Any]) -> float:
-    """Percent, of what an evaluation tells: top-1, or how often one of several acceptable labels is hit."""
-    return 100.0 * float(told["real_top1"] if "real_top1" in told else told["top1"])
 
 
 def run_suite(
@@ -235,12 +260,18 @@ def run_suite(
 
 
 def _task(suite: SuiteConfig, name: str, model: StartingPoint, nproc: int | None) -> Task:
+    """Look at all that the jobs of a dataset need, so that nothing is found out after hours."""
     dataset = suite.datasets[name]
-    manifest = open_shard_set(dataset.train)
-    found = recipe(suite.recipe, num_examples=manifest.num_samples, image_size=suite.image_size)
-    return Task(
-        suite, name, model, found, _num_classes(name, dataset, manifest), manifest.num_samples, manifest.digest, nproc
-    )
+    storage = storage_of(suite.overrides, dataset.overrides)
+    manifest = open_shard_set(dataset.train, storage)
+    num_classes = _num_classes(name, dataset, manifest)
+    digests = {dataset.train: manifest.digest}
+    for location in tests_of(name, dataset).values():
+        test = open_labelled_set(location, storage, num_classes, manifest.classes)
+        check_disjoint(manifest, test)
+        digests[location] = test.digest
+    found = recipe(suite.recipe, num_examples=manifest.num_samples, image_size=dataset.image_size or suite.image_size)
+    return Task(suite, name, model, found, num_classes, manifest.num_samples, digests, nproc)
 
 
 def _num_classes(name: str, dataset: DatasetConfig, manifest: Manifest) -> int:
@@ -267,17 +298,9 @@ def _table(
     rows = list(dict.fromkeys(row for row, _ in scores))
     lines = [(row, *(str(scores[row, model]) for model in models)) for row in rows]
     for group in dict.fromkeys(d.group for d in suite.datasets.values() if d.group):
-        members = [row for task in tasks if task.config.group == group for row in task.tests]
+        members = [row for task in tasks if task.section.group == group for row in task.tests]
         members = list(dict.fromkeys(members))
-        means = [
-            Score(
-                tuple(
-                    sum(values) / len(values)
-                    for values in zip(*(scores[m, model].values for m in members), strict=True)
-                )
-            )
-            for model in models
-        ]
+        means = [mean_over([scores[member, model] for member in members]) for model in models]
         lines.append((f"{group} ({len(members)} datasets)", *map(str, means)))
     if any(task.model.device_days is not None for task in tasks):
         lines.append(("pre-training, device-days", *(_days(tasks, model) for model in models)))
@@ -287,8 +310,14 @@ def _table(
         f"Transfer, top-1 in percent{plural}",
         ("", *models),
         tuple(lines),
-        (f"Recipe {suite.recipe} at {suite.image_size} pixels. Learning rates: {rates}.",),
+        (f"Recipe {suite.recipe}. Learning rates: {rates}.",),
     )
+
+
+def mean_over(scores: Sequence[Score]) -> Score:
+    """The mean of several datasets, repetition by repetition; one without all of them is none."""
+    rows = zip(*(score.values for score in scores), strict=True)
+    return Score(tuple(None if None in row else sum(v for v in row if v is not None) / len(row) for row in rows))
 
 
 def _days(tasks: Sequence[Task], model: str) -> str:

@@ -18,8 +18,6 @@ SMALL, LARGE = 20_000, 500_000
 BATCH = 512
 # What a crop of so many pixels is cut from (BiT paper, section 3.3; 512 for 480 is its largest model's).
 CROP_FROM = {128: 160, 384: 448, 480: 512}
-# Images with less area than this square count as small ones (BiT paper, section 3.3).
-SMALL_IMAGE_PX = 96
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,8 @@ def bit_hyperrule(num_examples: int, *, image_size: int) -> Recipe:
 
     Args:
         num_examples: images of the training set.
-        image_size: of what the model gets, see :func:`hyperrule_image_size`.
+        image_size: of what the model gets: 128 for datasets whose images have less area than 96 x 96 pixels, else 384,
+            and 480 for the largest model, R152x4.
 
     Raises:
         ConfigError: there is nothing to train on.
@@ -91,18 +90,6 @@ def bit_hyperrule(num_examples: int, *, image_size: int) -> Recipe:
         "loss.mixup": 0.0 if num_examples < SMALL else 0.1,
     }
     return Recipe(keys, (0.003,), 10.0 if num_examples < SMALL else 2.0)
-
-
-def hyperrule_image_size(original_hw: tuple[int, int], *, largest_model: bool = False) -> int:
-    """Pixels of a side that BiT-HyperRule trains with.
-
-    Args:
-        original_hw: typical height and width of the dataset's images in pixels.
-        largest_model: whether it is an R152x4, which gets larger crops.
-    """
-    if original_hw[0] * original_hw[1] < SMALL_IMAGE_PX**2:
-        return 128
-    return 480 if largest_model else 384
 
 
 def _length(num_examples: int) -> tuple[int, int]:

@@ -18,8 +18,17 @@ MODEL_KEY = "model"
 """Holds the keys of ModelConfig that are not at their defaults, as JSON."""
 # Keys that say how a model is computed on some machine, and not what it computes.
 _OF_A_MACHINE = ("attention", "activation_checkpointing")
-# Keys by which the same tensors, or other ones of the same file, make another function.
-_ARITHMETIC = ("qkv_bias", "qk_norm", "position", "position_at", "attention_span", "block")
+ARITHMETIC = (
+    "gelu",
+    "layer_norm_eps",
+    "qkv_bias",
+    "qk_norm",
+    "position",
+    "position_at",
+    "attention_span",
+    "block",
+)
+"""Keys of ModelConfig by which the same tensors, or other ones of the same file, make another function."""
 
 
 def model_text(config: ModelConfig) -> str:
@@ -57,5 +66,5 @@ def told_arithmetic(metadata: Mapping[str, str]) -> dict[str, Any]:
         return told
     if model is not None:
         plain = ModelConfig(num_classes=1)
-        told |= {key: getattr(model, key) for key in _ARITHMETIC if getattr(model, key) != getattr(plain, key)}
+        told |= {key: getattr(model, key) for key in ARITHMETIC if getattr(model, key) != getattr(plain, key)}
     return told

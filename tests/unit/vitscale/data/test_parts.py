@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -20,7 +21,7 @@ from vitscale.config.schema import DataConfig, StorageConfig
 from vitscale.data import shard_set
 from vitscale.data.manifest import Manifest, ShardInfo, parse_manifest
 from vitscale.data.order import SampleOrder, SequentialOrder, WindowId
-from vitscale.data.parts import counts_among_first, split_part, take_part
+from vitscale.data.parts import check_disjoint, counts_among_first, split_part, take_part
 from vitscale.data.shard_set import open_shard_set, open_source, open_training_data
 from vitscale.data.storage.transfer import host_counters
 from vitscale.data.stream import Fault, RawSample, ShardStream
@@ -289,6 +290,48 @@ def test_parts_in_a_mixture(written: Manifest) -> None:
     twice = DataConfig(train={f"{location}[:21]": 1.0, f"{location}[:50%]": 1.0}, image_size=8)
     with pytest.raises(DataError, match="holds the same shards as"):
         open_training_data(twice, global_batch_size=8)
+
+
+def shared(train: Manifest, test: Manifest) -> int:
+    """Images that the refusal counts; 0 if there is none."""
+    try:
+        check_disjoint(train, test)
+    except DataError as error:
+        found = re.search(r": (\d+) of its (\d+) images are learnt from", str(error))
+        assert found is not None
+        assert int(found[2]) == test.num_samples
+        return int(found[1])
+    return 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes, bounds, bounds, bounds, bounds)
+def test_images_that_two_parts_share_are_counted(shard_sizes: list[int], a: str, b: str, c: str, d: str) -> None:
+    one, other = (part_of(manifest_of(shard_sizes), f"[{start}:{stop}]") for start, stop in ((a, b), (c, d)))
+    if one is not None and other is not None:
+        common = len(set(held(one)) & set(held(other)))
+        assert shared(one, other) == shared(other, one) == common
+
+
+def test_a_tar_is_known_by_its_content_or_by_its_place(written: Manifest, tmp_path: Path) -> None:
+    def with_digests(manifest: Manifest, *digests: str | None) -> Manifest:
+        shards = (replace(shard, sha256=digest) for shard, digest in zip(manifest.shards, digests, strict=True))
+        return replace(manifest, shards=tuple(shards))
+
+    here, there = manifest_of([4, 6]), replace(manifest_of([4, 6]), location="elsewhere")
+    assert shared(here, there) == 0, "without digests nothing tells"
+    assert shared(here, replace(there, base_url=str(Path("set").resolve()))) == 10
+    assert shared(with_digests(here, "a", "b"), with_digests(there, "b", "c")) == 4
+    assert shared(with_digests(here, "a", "b"), with_digests(there, None, "b")) == 6
+    assert shared(with_digests(here, "a", None), with_digests(here, None, "b")) == 10
+    # Images that the training set holds twice are counted once.
+    assert shared(with_digests(here, "a", "a"), take_part(with_digests(there, "a", "c"), "[:50%]")) == 2
+    link = tmp_path / "link"
+    link.symlink_to(folder_of(written))
+    opened = open_shard_set(f"{link}[:20%]")
+    assert shared(open_shard_set(written.location), opened) == opened.num_samples > 0
+    with pytest.raises(DataError, match=r"SET\[:80%\] to learn from and SET\[80%:\] to test"):
+        check_disjoint(open_shard_set(written.location), opened)
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.helpers.runs import CONFIG, overrides, write_digits
 from vitscale.errors import ConfigError, Interrupted
 from vitscale.studies import jobs as jobs_module
 from vitscale.studies.jobs import CommandError, Job, Result, Workplace, run_jobs
@@ -92,10 +94,46 @@ def test_the_job_of_a_killed_worker_is_done_by_another(tmp_path: Path, stop: Sto
 def test_a_result_of_other_settings_is_refused(tmp_path: Path, stop: StopRequest) -> None:
     run([square(3)], tmp_path, stop)
     other = Job("squares/3", {"number": 4}, square(4).work)
-    with pytest.raises(
-        ConfigError, match=r"other settings \(number; number was 3 and is 4\); remove .*squares/3 to do"
-    ):
+    told = r"squares/3: was begun with other settings \(number; number was 3 and is 4\); remove that folder to do"
+    with pytest.raises(ConfigError, match=told):
         run([other], tmp_path, stop)
+
+
+def test_a_job_that_was_begun_under_other_settings_does_not_go_on(tmp_path: Path, stop: StopRequest) -> None:
+    def fail(place: Workplace) -> Result:
+        raise CommandError("no", 1)
+
+    with pytest.raises(CommandError):
+        run([Job("job", {"duration": 4000}, fail)], tmp_path, stop)
+    with pytest.raises(ConfigError, match=r"job: was begun with other settings \(duration; duration was 4000 and is 5"):
+        run([Job("job", {"duration": 5}, lambda place: {})], tmp_path, stop)
+    assert run([Job("job", {"duration": 4000}, lambda place: {"done": 1})], tmp_path, stop)[0]["job"] == {"done": 1}
+
+
+def begin_and_wait(folder: Path) -> None:
+    # A bench of minutes stands for any long command.
+    words = ("data", "bench", str(CONFIG), *overrides(folder / "digits", folder / "run"), "--seconds", "250")
+    with StopRequest() as stop:
+        run([Job("job", {}, lambda place: {"said": place.vitscale(*words)})], folder, stop)
+
+
+def test_the_command_of_a_killed_worker_keeps_its_job(tmp_path: Path, stop: StopRequest) -> None:
+    write_digits(tmp_path / "digits")
+    worker = multiprocessing.get_context("fork").Process(target=begin_and_wait, args=(tmp_path,))
+    worker.start()
+    while not (commands := psutil.Process(worker.pid).children()):
+        time.sleep(0.01)
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    worker.join()
+    alive: list[bool] = []
+
+    def look(place: Workplace) -> Result:
+        alive.append(psutil.pid_exists(commands[0].pid) and commands[0].status() != psutil.STATUS_ZOMBIE)
+        return {}
+
+    threading.Timer(1.0, commands[0].kill).start()
+    run([Job("job", {}, look)], tmp_path, stop)
+    assert alive == [False], "another worker begins when the command that was left is over"
 
 
 def command(name: str, *arguments: str) -> Job:
@@ -125,9 +163,6 @@ def test_a_failing_command_is_told_after_all_others_are_done(tmp_path: Path, sto
 
 
 def test_a_stop_request_ends_the_command_and_the_work(tmp_path: Path, stop: StopRequest) -> None:
-    # A bench of minutes stands for any long command; nobody but the request ends it.
-    from tests.helpers.runs import CONFIG, overrides, write_digits
-
     digits = write_digits(tmp_path / "digits")
     long = command("long", "data", "bench", str(CONFIG), *overrides(digits, tmp_path / "run"), "--seconds", "250")
     threading.Timer(2.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
