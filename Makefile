@@ -44,7 +44,7 @@ $(OLDEST_TRITON)/.ready: $(READY)
 	touch $@
 
 test-slow: $(READY) $(OLDEST_TRITON)/.ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) tests/interpreter
 
 test-slurm: $(READY)

@@ -81,6 +81,7 @@ PartitionName=high Nodes={names} PriorityTier=10
 _NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000"
 # The daemons of a "node" carry this, its tasks carry SLURM's own SLURMD_NODENAME.
 _NODE_VARIABLE = "LAB_NODE"
+_DAEMON = "LAB_DAEMON=1"
 
 
 def missing_programs() -> list[str]:
@@ -279,7 +280,7 @@ def _start(cluster: SlurmCluster, program: str, *arguments: str, **env: str) -> 
     with (cluster.state / f"{program}.out.log").open("a") as log:
         subprocess.Popen(
             [program, *arguments],
-            env={**os.environ, **cluster.environment, **env},
+            env={**os.environ, **cluster.environment, **dict([_DAEMON.split("=")]), **env},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -319,10 +320,14 @@ def _kill(alive: Callable[[], list[psutil.Process]]) -> None:
 
 
 def _processes(cluster: SlurmCluster, *settings: str) -> Iterator[psutil.Process]:
-    """Whoever has the cluster's configuration, and these settings, in its environment."""
+    """The cluster's daemons and whatever runs in its jobs, if these settings are in their environment.
+
+    Not a shell whose user has exported SLURM_CONF, nor what was started there.
+    """
     wanted = {f"SLURM_CONF={cluster.environment['SLURM_CONF']}", *settings}
     for process in psutil.process_iter():
-        if wanted <= set(_environment(process)):
+        found = set(_environment(process))
+        if wanted <= found and (_DAEMON in found or any(text.startswith("SLURM_JOB_ID=") for text in found)):
             yield process
 
 

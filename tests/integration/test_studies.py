@@ -230,8 +230,8 @@ def test_sets_are_looked_at_before_anything_is_trained(tmp_path: Path, digits: P
     outcome = vitscale("transfer", write_suite(tmp_path, digits, datasets={"digits": dataset}), run)
     assert outcome.code == 1
     assert "images are learnt from" in outcome.errors
-    study = write_study(tmp_path, digits, finetune={"train": f"{digits}/train", "test": f"{digits}/train[:5]", "lr": 1.0,
-                                                    "image_size": 16})  # fmt: skip
+    finetune = {"train": f"{digits}/train", "test": f"{digits}/train[:5]", "lr": 1.0, "image_size": 16}
+    study = write_study(tmp_path, digits, finetune=finetune)
     outcome = vitscale("study", study)
     assert outcome.code == 1
     assert "5 of its 5 images are learnt from" in outcome.errors

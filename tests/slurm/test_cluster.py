@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,3 +66,13 @@ def _words(pid: int) -> str:
         return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes())
     except OSError:
         return ""
+
+
+def test_who_has_exported_the_configuration_outlives_the_cluster() -> None:
+    require_slurm()
+    with slurm_cluster(1) as cluster:
+        bystander = subprocess.Popen(["sleep", "60"], env={**os.environ, **cluster.environment})
+        cluster.command("srun", "true")
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
