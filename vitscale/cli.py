@@ -12,7 +12,7 @@ import typer
 from vitscale import __version__
 from vitscale.checkpoint_cli import app as checkpoint_app
 from vitscale.command_line import Nproc, on_ranks
-from vitscale.errors import ConfigError, VitscaleError, on_every_rank
+from vitscale.errors import ConfigError, Interrupted, VitscaleError, on_every_rank
 from vitscale.evaluation_cli import evaluate, fewshot, forward, knn, probe
 from vitscale.inspection_cli import inspect
 from vitscale.predict_cli import predict
@@ -153,5 +153,6 @@ def main() -> None:
     try:
         app()
     except VitscaleError as error:
-        typer.echo(f"vitscale: error: {error}", err=True)
+        kind = "" if isinstance(error, Interrupted) else "error: "
+        typer.echo(f"vitscale: {kind}{error}", err=True)
         raise SystemExit(error.exit_code) from error

@@ -92,13 +92,28 @@ def test_inspect_looks_at_images_that_are_named(trained: Path, images: Path, tmp
     (tmp_path / "bad.png").write_bytes(b"no image")
     outcome = vitscale("inspect", trained, images, tmp_path / "bad.png", "--step", "20", "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.errors
-    assert f"unreadable: {tmp_path / 'bad.png'}: cannot decode" in outcome.errors
+    assert f"unreadable: {tmp_path / 'bad.png'} (cannot decode" in outcome.errors
     assert arrays(tmp_path / "out", "attention_distance")["images"] == 6
+    assert "attention is that of 6 of 7 images" in outcome.errors
     names = arrays(tmp_path / "out", "rollout")["names"].tolist()
     assert names == sorted(str(path) for path in images.iterdir())
     only_bad = vitscale("inspect", trained, tmp_path / "bad.png", "--out", tmp_path / "none")
     assert only_bad.code == 1
     assert "none of 1 images can be read" in only_bad.errors
+
+
+def test_inspect_bounds_unreadable_images(trained: Path, images: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"bad{number}.png").write_bytes(b"no image")
+    arguments = ("inspect", trained, images, f"{tmp_path}/bad*.png", "--out", tmp_path / "out")
+    outcome = vitscale(*arguments)
+    assert outcome.code == 1
+    assert f"3 of 9 images cannot be read, of which 1 are allowed: {tmp_path}/bad0.png (" in outcome.errors
+    assert not (tmp_path / "out" / "attention_distance.npz").exists()
+    outcome = vitscale(*arguments, "--max-unreadable", "3")
+    assert outcome.code == 0, outcome.errors
+    assert "attention is that of 6 of 9 images" in outcome.errors
+    assert arrays(tmp_path / "out", "attention_distance")["images"] == 6
 
 
 def test_predict_is_as_right_as_evaluate_says(trained: Path, digits: Path) -> None:
@@ -131,6 +146,12 @@ def test_predict_takes_files_folders_and_patterns_alike(trained: Path, images: P
     ours = {line.rpartition("/")[2].partition(".")[0]: line.partition(": ")[2] for line in lines}
     theirs = {line.partition(": ")[0].replace("/", "_"): line.partition(": ")[2] for line in of_set}
     assert ours == theirs
+
+
+def test_predict_takes_a_part_of_a_part(trained: Path, digits: Path) -> None:
+    outcome = vitscale("predict", trained, f"{digits}/val[:100][:3]", "--top", "99")
+    assert outcome.code == 0, outcome.errors
+    assert [line.count("%") for line in outcome.out.splitlines()] == [10] * 3
 
 
 def test_unreadable_images_are_named_counted_and_bounded(trained: Path, images: Path, tmp_path: Path) -> None:
@@ -174,8 +195,8 @@ def test_mistakes_have_one_clear_error(trained: Path, images: Path, tmp_path: Pa
         assert outcome.code in (1, 2), arguments
         assert told in outcome.errors, outcome.errors
         assert "Traceback" not in outcome.errors
-    for command in ("inspect", "predict"):
-        outcome = vitscale_on_ranks(2, command, trained, images)
+    for command, operand in (("inspect", images), ("predict", images), ("export", tmp_path / "m.pt2")):
+        outcome = vitscale_on_ranks(2, command, trained, operand)
         assert outcome.code == 1
         assert outcome.errors.count("runs in one process, but 2 ranks were started") == 1
 

@@ -48,7 +48,7 @@ def run(digits: Path) -> Path:
     return run
 
 
-def write_suite(folder: Path, digits: Path, **changes: Any) -> Path:
+def write_suite(out: Path, digits: Path, **changes: Any) -> Path:
     dataset = {
         "train": f"{digits}/train[:400]",
         "test": {"digits": f"{digits}/val[:100]", "others": f"{digits}/val[100:]"},
@@ -56,14 +56,14 @@ def write_suite(folder: Path, digits: Path, **changes: Any) -> Path:
         "group": "all",
     }
     suite = {
-        "folder": str(folder / "suite"),
+        "folder": str(out / "suite"),
         "image_size": 16,
         "seeds": 2,
         "datasets": {"digits": dataset},
         "overrides": FINE_TUNING,
         **changes,
     }
-    path = folder / "suite.yaml"
+    path = out / "suite.yaml"
     path.write_text(yaml.safe_dump(suite))
     return path
 
@@ -146,9 +146,9 @@ def test_what_is_held_out_of_a_part_lies_in_it(digits: Path, tmp_path: Path) -> 
     assert job.settings["data.eval"] == f"{part}[642:]"
 
 
-def write_study(folder: Path, digits: Path, **changes: Any) -> Path:
+def write_study(out: Path, digits: Path, **changes: Any) -> Path:
     study = {
-        "folder": str(folder / "study"),
+        "folder": str(out / "study"),
         "base": str(CONFIG),
         "models": {"ViT mu": {}, "wider": {"model.embed_dim": 24}},
         "parts": [25.0, 100.0],
@@ -168,7 +168,7 @@ def write_study(folder: Path, digits: Path, **changes: Any) -> Path:
         },
         **changes,
     }
-    path = folder / "study.yaml"
+    path = out / "study.yaml"
     path.write_text(yaml.safe_dump(study))
     return path
 
@@ -206,7 +206,7 @@ def test_a_study_of_nested_parts(tmp_path: Path, digits: Path) -> None:
     ("changes", "message"),
     [
         ({"datasets": {}}, "datasets is empty; name at least one"),
-        ({"recipe": "bit"}, "recipe: must be vit | bit_hyperrule, got bit"),
+        ({"recipe": "bit"}, "recipe: must be 'vit' or 'bit_hyperrule', got 'bit'"),
         ({"overrides": {"optim.lrr": 1}}, "optim.lrr"),
         ({"folder": "/proc/no"}, "folder: cannot write to /proc/no"),
         ({"image_size": 18}, "18"),
