@@ -148,6 +148,7 @@ ALLOWED = {
         "vitscale.command_line",
         "vitscale.checkpoint.choices",
         "vitscale.checkpoint_cli",
+        "vitscale.evaluation.choices",
         "vitscale.inspection",
     },
     "vitscale.predict_cli": {
@@ -155,7 +156,6 @@ ALLOWED = {
         "vitscale.command_line",
         "vitscale.checkpoint.choices",
         "vitscale.checkpoint_cli",
-        "vitscale.inspection_cli",
         "vitscale.evaluation",
     },
     "vitscale.train": {
@@ -193,10 +193,10 @@ ALLOWED = {
         "vitscale.train.signals",
     },
     "vitscale.program_cli": {
-        "vitscale.checkpoint",
-        "vitscale.checkpoint_cli",
         "vitscale.topology",
-        "vitscale.distributed",
+        "vitscale.command_line",
+        "vitscale.checkpoint.choices",
+        "vitscale.checkpoint_cli",
         "vitscale.evaluation",
     },
     "vitscale.cli": {"vitscale"},
@@ -259,6 +259,7 @@ WITHOUT_TORCH = [
     "vitscale_launch.listing",
     "vitscale_launch.submission",
     "vitscale_launch.submit",
+    "vitscale_launch.queueing",
     "vitscale_shards.cli",
 ]
 BANNED_FILES = {"utils", "helpers", "common", "manager"}

@@ -35,12 +35,24 @@ Resize = Annotated[
     ResizeMode | None, typer.Option(help="How embeddings of another size are resized; without it they are refused.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Images per forward pass on one rank.", min=1)]
+MaxUnreadable = Annotated[
+    int | None, typer.Option(help="Unreadable images of a set that are fine; default: one in a hundred.", min=0)
+]
 ReadingOverrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="Changes of how data is read: data.storage.cache=null data.storage.allow_pipe=true data.workers=8 ..., "
         "also data.prefetch_batches and data.read_ahead_batches; default: as the run. Of a file of weights, any key "
         "of data."
+    ),
+]
+ReadingSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="How images are read: data.workers=8, data.storage.cache=null ...; of a file of weights, also how they "
+        "are cropped: data.eval_crop_share=1 ...; may be repeated.",
     ),
 ]
 

@@ -14,6 +14,7 @@ from vitscale.checkpoint_cli import WeightsOption
 from vitscale.command_line import (
     BatchSize,
     ImageSize,
+    MaxUnreadable,
     ModelFile,
     ModelLocation,
     Nproc,
@@ -36,9 +37,6 @@ T = TypeVar("T")
 
 TrainSet = Annotated[str, typer.Option("--train", help="Shard set to learn from, folder or URL, or a part of it.")]
 TestSet = Annotated[str, typer.Option("--test", help="Shard set that is classified, with the same classes.")]
-MaxUnreadable = Annotated[
-    int | None, typer.Option(help="Unreadable images of a set that are fine; default: one in a hundred.", min=0)
-]
 CacheFolder = Annotated[
     Path | None, typer.Option("--cache", help="Folder where features are kept; default: 'features' in the run folder.")
 ]

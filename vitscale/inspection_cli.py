@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,27 +12,19 @@ from vitscale.checkpoint_cli import WeightsOption
 from vitscale.command_line import (
     BatchSize,
     ImageSize,
+    MaxUnreadable,
     ModelFile,
     ModelLocation,
+    ReadingSettings,
     Resize,
     Step,
     on_ranks,
     parse_image_size,
 )
+from vitscale.evaluation.choices import ModelChoice, Reading
 
 if TYPE_CHECKING:
     from vitscale.topology import Topology
-
-SECONDS_BETWEEN_LINES = 10.0
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="How images are read: data.workers=8, data.storage.cache=null ...; of a file of weights, also how they "
-        "are cropped: data.eval_crop_share=1 ...; may be repeated.",
-    ),
-]
 
 
 def inspect(
@@ -60,63 +48,35 @@ def inspect(
     model_file: ModelFile = None,
     image_size: ImageSize = None,
     resize: Resize = None,
-    settings: Settings = None,
+    settings: ReadingSettings = None,
     batch_size: BatchSize = 16,
+    max_unreadable: MaxUnreadable = None,
 ) -> None:
     """Draw filters, position similarities, attention distances and attention on images, and save the numbers."""
 
     def work(topology: Topology) -> None:
         from vitscale.inspection.commands import inspect_model
 
-        with image_progress(bar=sys.stderr.isatty()) as advance:
-            inspected = inspect_model(
-                model,
-                images or [],
-                out=out,
-                num_images=num_images,
-                overlays=overlays,
-                step=step,
-                weights=weights,
-                model=model_file,
-                image_size=parse_image_size(image_size),
-                resize=resize,
-                overrides=settings or [],
-                batch_size=batch_size,
-                topology=topology,
-                advance=advance,
-            )
+        choice = ModelChoice(
+            model, step, weights, model_file, tuple(settings or ()), parse_image_size(image_size), resize
+        )
+        inspected = inspect_model(
+            choice,
+            images or [],
+            out=out,
+            num_images=num_images,
+            overlays=overlays,
+            reading=Reading(batch_size, max_unreadable),
+            topology=topology,
+        )
         for path in inspected.files:
             typer.echo(path)
         for reason in inspected.left_out:
             typer.echo(f"left out: {reason}", err=True)
         for reason in inspected.unreadable:
             typer.echo(f"unreadable: {reason}", err=True)
+        if inspected.unreadable:
+            readable = inspected.images - len(inspected.unreadable)
+            typer.echo(f"attention is that of {readable} of {inspected.images} images", err=True)
 
     on_ranks(None, work)
-
-
-@contextmanager
-def image_progress(*, bar: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show how far the images are, on standard error: images done, and of how many.
-
-    Args:
-        bar: a bar, which a terminal is needed for; else a line every ten seconds.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if not bar:
-        last = time.monotonic()
-
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-                typer.echo(f"{done:,} of {total:,} images", err=True)
-                last = time.monotonic()
-
-        yield line
-        return
-    columns = (TextColumn("images"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False, transient=True) as bars:
-        task = bars.add_task("")
-        yield lambda done, total: bars.update(task, completed=done, total=total)

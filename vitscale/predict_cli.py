@@ -16,13 +16,14 @@ from vitscale.command_line import (
     ImageSize,
     ModelFile,
     ModelLocation,
+    ReadingSettings,
     Resize,
     Step,
     echo_json,
     on_ranks,
     parse_image_size,
 )
-from vitscale.inspection_cli import Settings, image_progress
+from vitscale.evaluation.choices import ModelChoice
 
 if TYPE_CHECKING:
     from vitscale.evaluation.predict import Prediction
@@ -64,7 +65,7 @@ def predict(
     model_file: ModelFile = None,
     image_size: ImageSize = None,
     resize: Resize = None,
-    settings: Settings = None,
+    settings: ReadingSettings = None,
     batch_size: BatchSize = 64,
 ) -> None:
     """Tell the most likely classes of images. Exit status 1 if one of them could not be read."""
@@ -72,26 +73,22 @@ def predict(
     def work(topology: Topology) -> None:
         from vitscale.evaluation.predict import predict_images
 
-        # Predictions on the terminal and a bar would write over each other.
-        with image_progress(bar=sys.stderr.isatty() and not sys.stdout.isatty()) as advance:
-            predict_images(
-                model,
-                images,
-                tell=_echo_as_json if as_json else _echo,
-                top=top,
-                probabilities=None if probabilities is None else probabilities.value,
-                class_names=classes,
-                most_unreadable=most_unreadable,
-                step=step,
-                weights=weights,
-                model=model_file,
-                image_size=parse_image_size(image_size),
-                resize=resize,
-                overrides=settings or [],
-                batch_size=batch_size,
-                topology=topology,
-                advance=advance,
-            )
+        choice = ModelChoice(
+            model, step, weights, model_file, tuple(settings or ()), parse_image_size(image_size), resize
+        )
+        predict_images(
+            choice,
+            images,
+            tell=_echo_as_json if as_json else _echo,
+            top=top,
+            probabilities=None if probabilities is None else probabilities.value,
+            class_names=classes,
+            most_unreadable=most_unreadable,
+            batch_size=batch_size,
+            topology=topology,
+            # Predictions on the same terminal would be written over a bar, and tell how far it is themselves.
+            show_progress=not (sys.stderr.isatty() and sys.stdout.isatty()),
+        )
 
     on_ranks(None, work)
 

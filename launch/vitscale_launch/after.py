@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from vitscale.errors import LaunchError, VitscaleError
@@ -25,26 +26,35 @@ from vitscale_launch.attempts import (
     write_attempt,
 )
 from vitscale_launch.batch_log import PREEMPTION, TIMEOUT, batch_log, read_from
+from vitscale_launch.capacity import usable_nodes
 from vitscale_launch.environment import ATTEMPT, LOG_OFFSET
 from vitscale_launch.failures import Cause, Failure, explain, read_errors
+from vitscale_launch.follow import (
+    STOP_SIGNALS,
+    follow,
+    later_jobs,
+    read_patiently,
+    say,
+    undisturbed,
+    wait_for_the_end,
+)
+from vitscale_launch.requests import cancel_requested
 from vitscale_launch.restart import Action, Decision, Policy, Queue, decide
-from vitscale_launch.submission import Submission, read_submission
+from vitscale_launch.submission import Submission
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 # SLURM may send its signal up to a minute early, and looks at time limits every half a minute.
 EARLY_S = 90
-TRIES, BETWEEN_TRIES_S = 6, 10.0
-# A job that was requeued is killed within seconds.
-WAIT_FOR_THE_END_S = 300.0
+# How a command may end that is told to make room; the other causes would come again.
+_OF_PREEMPTION = {Cause.STOPPED, Cause.ERROR, Cause.KILLED, Cause.CONTACT, Cause.UNHEALTHY}
 
 
 def end(submission: Submission, exit_code: int, environment: Mapping[str, str]) -> None:
     """Conclude the attempt that this batch script has begun."""
-    number = int(environment[ATTEMPT])
-    attempt = next(each for each in read_attempts(submission.run) if each.number == number)
+    attempt = _begun_attempt(submission, environment)
     log = batch_log(submission, environment)
     said = read_from(log, int(environment.get(LOG_OFFSET, "0")))
-    failure = explain(exit_code, read_errors(errors_folder(submission.run, number)), said)
+    errors = read_errors(errors_folder(submission.run, attempt.number))
+    failure = explain(exit_code, errors, said, is_own=submission.array_task is None)
     conclude(submission, attempt, failure, exit_code, said=said)
 
 
@@ -57,30 +67,24 @@ def conclude(
     said: str = "",
 ) -> Decision:
     """Record how an attempt ended and do what follows. Does not return if the job was requeued."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
+    with undisturbed():
         queue, failure = _look_at_queue(attempt, failure, said, submission.site.signal_delay_s)
         ended = finished_attempt(submission, attempt, failure, exit_code)
+        policy = policy_of(submission, attempt.job)
+        cancelled = cancel_requested(submission.run)
         decision = decide(
-            failure,
-            ended,
-            _earlier(submission, attempt),
-            _policy(submission),
-            queue=queue,
-            cancel_requested=(submission.run / "launch" / "requests" / "cancel").exists(),
+            failure, ended, _earlier(submission, attempt), policy, queue=queue, cancel_requested=cancelled
         )
         ended = record_decision(submission, ended, decision)
         try:
-            _follow(decision, attempt.job, queue, submission.site.exclude)
+            follow(decision, submission, attempt.job, queue)
         except LaunchError as error:
-            _say(f"error: {error}")
+            say(f"error: {error}")
             why = f"it could not be requeued: {error}"
             decision = replace(decision, action=Action.STOP, because=why)
-            write_attempt(submission.run, replace(ended, followed_by=decision.action.value, because=why))
+            _record(submission, replace(ended, followed_by=decision.action.value, because=why))
         if decision.action is Action.REQUEUE:
-            _wait_for_the_end()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            wait_for_the_end()
     return decision
 
 
@@ -106,9 +110,36 @@ def record_decision(submission: Submission, ended: Attempt, decision: Decision) 
         because=decision.because,
         excluded=decision.exclude or ended.excluded,
     )
-    write_attempt(submission.run, ended)
-    _say(f"attempt {ended.number} ended ({decision.reason}); {decision.action.value}: {decision.because}")
+    _record(submission, ended)
+    say(f"attempt {ended.number} ended ({decision.reason}); {decision.action.value}: {decision.because}")
     return ended
+
+
+def _record(submission: Submission, attempt: Attempt) -> None:
+    """What is decided counts for more than that it is written down."""
+    try:
+        write_attempt(submission.run, attempt)
+    except (LaunchError, OSError) as error:
+        say(f"error: the end of attempt {attempt.number} could not be recorded: {error}")
+
+
+def _begun_attempt(submission: Submission, environment: Mapping[str, str]) -> Attempt:
+    """The attempt of this job, as it was recorded, or else what is known of it here."""
+    number = int(environment[ATTEMPT])
+    try:
+        found = next((each for each in read_attempts(submission.run) if each.number == number), None)
+    except LaunchError as error:
+        say(f"error: {error}")
+        found = None
+    return found or Attempt(
+        number=number,
+        job=environment["SLURM_JOB_ID"],
+        restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
+        nodes=environment.get("SLURM_JOB_NODELIST", ""),
+        ranks=int(environment.get("SLURM_NTASKS", "1")),
+        started_unix_s=int(time.time()),
+        started_step=newest_step(submission.run),
+    )
 
 
 def _look_at_queue(attempt: Attempt, failure: Failure, said: str, signal_delay_s: int) -> tuple[Queue, Failure]:
@@ -116,13 +147,20 @@ def _look_at_queue(attempt: Attempt, failure: Failure, said: str, signal_delay_s
     try:
         job = slurm.job(attempt.job)
     except LaunchError as error:
-        _say(f"{error}; taking the job for a running one")
+        say(f"{error}; taking the job for a running one")
         job = None
     queue = _queue(job, attempt.restart, failure, said)
-    if failure.signal == "SIGUSR2" and job is not None and (job.time_left_s or 0) > signal_delay_s + EARLY_S:
+    if failure.cause in _OF_PREEMPTION and _is_preempted(job, said):
+        # It may have left with a code of its own, or have been stopped before it could listen.
+        failure = Failure(Cause.STOPPED, "preempted")
+    elif failure.signal == "SIGUSR2" and job is not None and (job.time_left_s or 0) > signal_delay_s + EARLY_S:
         # Some clusters send it at preemption, too.
         failure = replace(failure, signal=None)
     return queue, failure
+
+
+def _is_preempted(job: slurm.SlurmJob | None, said: str) -> bool:
+    return PREEMPTION in said or (job is not None and (job.is_preempted or job.state == "PREEMPTED"))
 
 
 def _queue(job: slurm.SlurmJob | None, restart: int, failure: Failure, said: str) -> Queue:
@@ -141,65 +179,32 @@ def _queue(job: slurm.SlurmJob | None, restart: int, failure: Failure, said: str
 
 
 def _earlier(submission: Submission, attempt: Attempt) -> list[Attempt]:
-    attempts = since_submission(read_attempts(submission.run), submission.submitted_unix_s)
+    try:
+        attempts = since_submission(read_attempts(submission.run), submission.first_attempt)
+    except LaunchError as error:
+        say(f"error: {error}")
+        return []
     return [each for each in attempts if each.number < attempt.number]
 
 
-def _policy(submission: Submission) -> Policy:
-    site = submission.site
-    return Policy(submission.max_failures, site.requeue, site.backoff_s, _spare_nodes(submission))
+def policy_of(submission: Submission, job: str) -> Policy:
+    """What the site and the submission allow to follow an attempt of a job."""
+    return Policy(
+        max_failures=submission.max_failures,
+        requeue=submission.site.requeue,
+        backoff_s=submission.site.backoff_s,
+        spare_nodes=partial(_spare_nodes, submission),
+        next_link=bool(later_jobs(submission, job)),
+        leaves_checkpoints=submission.array_task is None,
+    )
 
 
 def _spare_nodes(submission: Submission) -> int | None:
-    """How many nodes of the partition the run can do without."""
-    site = submission.site
+    """How many of the nodes that would do the run can spare."""
     try:
-        partition = site.partition or next((p.name for p in slurm.partitions() if p.is_default), None)
-        nodes = [node for node in slurm.nodes() if partition in node.partitions and node.name not in site.exclude]
+        return usable_nodes(submission.site, slurm.partitions(), slurm.nodes()) - submission.nodes_min
     except LaunchError:
         return None  # nobody is left out for this reason alone
-    up = [node for node in nodes if not any(word in node.state for word in ("DOWN", "DRAIN", "FAIL", "*"))]
-    return len(up) - submission.nodes_min
-
-
-def _follow(decision: Decision, job: str, queue: Queue, never: Sequence[str]) -> None:
-    if decision.action is Action.REQUEUE:
-        if queue is not Queue.REQUEUED:
-            _patiently(lambda: slurm.requeue(job))
-        keys = {"StartTime": f"now+{decision.delay_s}"} if decision.delay_s else {}
-        if decision.exclude:
-            # What was asked for at the submission would be forgotten.
-            keys["ExcNodeList"] = ",".join(dict.fromkeys([*never, *decision.exclude]))
-        if keys:
-            # SLURM accepts it at once, and kills this script only then.
-            _patiently(lambda: slurm.update(job, **keys))
-    elif decision.action is Action.STOP and queue is Queue.REQUEUED:
-        slurm.cancel(job)
-
-
-def _patiently(act: Callable[[], object]) -> None:
-    """The controller may be busy or restarting, and without this the run would end here."""
-    for left in reversed(range(TRIES)):
-        try:
-            act()
-            return
-        except LaunchError as error:
-            if not left:
-                raise
-            _say(f"{error}; trying again")
-            time.sleep(BETWEEN_TRIES_S)
-
-
-def _wait_for_the_end() -> None:
-    """Leaving now would race with SLURM, which takes a job whose script is over for a finished one."""
-    # What it has sent to end this script takes effect now.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    time.sleep(WAIT_FOR_THE_END_S)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"vitscale launch: {text}\n")
-    sys.stderr.flush()
 
 
 def main() -> None:
@@ -207,10 +212,10 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     code = int(sys.argv[2])
     try:
-        end(read_submission(Path(sys.argv[1])), code, os.environ)
-    except VitscaleError as error:
-        _say(f"error: {error}")
-        code = code or error.exit_code
+        end(read_patiently(Path(sys.argv[1])), code, os.environ)
+    except (VitscaleError, OSError) as error:
+        say(f"error: {error}")
+        code = code or 1
     raise SystemExit(code)
 
 

@@ -103,16 +103,21 @@ def write_attempt(run: Path, attempt: Attempt) -> None:
     publish_text(attempts_path(run), "".join(f"{line}\n" for line in lines))
 
 
-def since_submission(attempts: Sequence[Attempt], submitted_unix_s: int) -> list[Attempt]:
-    """The attempts that count for decisions: a run that is submitted again starts with a clean slate."""
-    return [attempt for attempt in attempts if attempt.started_unix_s >= submitted_unix_s]
+def since_submission(attempts: Sequence[Attempt], first_attempt: int) -> list[Attempt]:
+    """The attempts that count for decisions: a run that is submitted again starts with a clean slate.
+
+    Args:
+        attempts: all of a run.
+        first_attempt: number of the first one since the last submission.
+    """
+    return [attempt for attempt in attempts if attempt.number >= first_attempt]
 
 
 def newest_step(run: Path) -> int | None:
     """The step of the newest complete checkpoint of a run; None if it has none, or if nobody can tell."""
     try:
         entries = list_entries(find_place(str(run)).folder)
-    except VitscaleError:
+    except (VitscaleError, OSError):
         # Decisions on restarts go on without it: an attempt of which nothing is known made no progress.
         return None
     return next((entry.step for entry in entries if entry.state == COMPLETE), None)

@@ -11,8 +11,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ from vitscale_launch.submission import Submission, task_folder
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 # How the commands find their cluster. All else that begins so belongs to the job that a submission comes from.
 _KEPT = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
+# What sbatch says if the controller has the job and its answer is lost.
+_NO_ANSWER = re.compile(r"timed out|zero bytes were transmitted", re.IGNORECASE)
+
+
+class NoAnswerError(LaunchError):
+    """Nobody can tell whether SLURM took the job."""
 
 
 def batch_text(submission: Submission, *, after_job: str | None = None) -> str:
@@ -57,7 +63,7 @@ def queue_slurm(submission: Submission, *, after_job: str | None = None) -> str:
                 f"(often: module load slurm)"
             )
     executor = _slurm_executor(submission, after_job)
-    with without_job_variables(), _explained():
+    with without_job_variables(), _explained(submission):
         if submission.array_tasks is None:
             return str(executor.submit(CommandJob(submission.run)).job_id)
         with executor.batch():
@@ -72,23 +78,26 @@ def start_local(submission: Submission) -> str:
     Raises:
         LaunchError: it cannot be started.
     """
-    variables = _local_environment(submission)
-    words = ["env", *(f"{name}={value}" for name, value in variables.items()), submission.python]
-    executor = LocalExecutor(submission.logs, python=shlex.join(words))
+    executor = LocalExecutor(submission.logs, python=shlex.quote(submission.python))
     executor.update_parameters(
         timeout_min=submission.site.time_limit_minutes,
         signal_delay_s=submission.site.signal_delay_s,
         tasks_per_node=1,
         gpus_per_node=submission.site.gpus_per_node,
     )
-    with without_job_variables(), _explained(), _output_to(submission.logs / "starter.log"):
+    with ExitStack() as stack:
+        stack.enter_context(_explained(submission))
+        stack.enter_context(without_job_variables())
+        # Not as words of a command, which every user of the machine can read.
+        stack.enter_context(_variables(_local_environment(submission)))
+        stack.enter_context(_output_to(submission.logs / "starter.log"))
+        stack.enter_context(chdir(submission.cwd or Path.cwd()))
         return str(executor.submit(CommandJob(submission.run)).job_id)
 
 
 def run_here(submission: Submission) -> int:
     """Run the command from this process, and give its exit code."""
-    os.environ.update(_local_environment(submission))
-    with without_job_variables():
+    with without_job_variables(), _variables(_local_environment(submission)):
         return int(DebugExecutor(submission.logs).submit(CommandJob(submission.run)).result())
 
 
@@ -146,8 +155,10 @@ def _more_options(submission: Submission) -> dict[str, Scalar]:
     """Options that submitit has no name for, or no right form."""
     site, low, high = submission.site, submission.nodes_min, submission.nodes_max
     options: dict[str, Scalar] = {"nodes": str(low)}
+    if submission.cwd is not None:
+        options["chdir"] = str(submission.cwd)
     if low != high:
-        options = {"nodes": f"{low}-{high}", "mincpus": site.cpus_per_task * site.tasks_on_node}
+        options |= {"nodes": f"{low}-{high}", "mincpus": site.cpus_per_task * site.tasks_on_node}
     options["requeue" if site.requeue else "no-requeue"] = True
     if site.gpus_per_node:
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
@@ -195,8 +206,21 @@ def _run_in_shell(submission: Submission) -> str:
 
 def _local_environment(submission: Submission) -> dict[str, str]:
     """What the batch script would export."""
-    path = os.pathsep.join(filter(None, [str(submission.code), os.environ.get("PYTHONPATH")]))
-    return {**submission.site.environment, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    own = submission.site.environment
+    path = filter(None, [str(submission.code), own.get("PYTHONPATH", os.environ.get("PYTHONPATH"))])
+    return {**own, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
+
+
+@contextmanager
+def _variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let what is started meanwhile have these variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager
@@ -235,12 +259,17 @@ def _output_to(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(submission: Submission) -> Iterator[None]:
     try:
         yield
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         said = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no reason is told")
+        if _NO_ANSWER.search(str(error)):
+            raise NoAnswerError(
+                f"SLURM did not say whether it took the job: {said.strip()}; it may be queued all the same: look with "
+                f"squeue --me --name={job_name(submission.run)}, and scancel it before you submit again"
+            ) from error
         raise LaunchError(
             f"SLURM refused the job: {said.strip()}; mend the site profile, or try --dry-run to see the script"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,16 +10,18 @@ from pathlib import Path
 
 import psutil
 
-from vitscale.durable import publish_text
 from vitscale.errors import LaunchError
 from vitscale_launch import slurm
-from vitscale_launch.attempts import newest_step
+from vitscale_launch.activity import job_ids, local_process, own_jobs
+from vitscale_launch.attempts import newest_step, read_attempts
+from vitscale_launch.hints import launch_command
+from vitscale_launch.requests import request_cancel
 from vitscale_launch.slurm import SlurmJob
-from vitscale_launch.status import Status, local_process, read_status
-from vitscale_launch.submission import FOLDER, Submission, read_submission, task_folder
+from vitscale_launch.status import Status, ask_slurm, read_status
+from vitscale_launch.submission import Submission, array_folder, read_submission
 
-REQUEST = "cancel"
-POLL_S = 1.0
+# SLURM's controller serves many users.
+POLL_SLURM_S, POLL_PROCESS_S = 3.0, 0.5
 # A request may come before there is a process to take it. Asking twice changes nothing.
 ASK_AGAIN_S = 5.0
 TELL_S = 30.0
@@ -48,7 +49,8 @@ def cancel_run(run: Path, *, now: bool, wait_s: float, say: Callable[[str], None
         raise LaunchError(f"{run}: runs in a terminal, without SLURM; press Ctrl-C there")
     # Before the job hears of it: what runs at its end must know that nothing is to follow.
     _request(submission)
-    stop = _stop_slurm if submission.executor == "slurm" else _stop_local
+    is_slurm = submission.executor == "slurm"
+    stop, poll_s = (_stop_slurm, POLL_SLURM_S) if is_slurm else (_stop_local, POLL_PROCESS_S)
     say(f"{_shown(submission, status)}: asked to stop {'at once' if now else 'after a commit'}")
     end, told = time.monotonic() + wait_s, time.monotonic()
     for left in stop(submission, now):
@@ -57,26 +59,18 @@ def cancel_run(run: Path, *, now: bool, wait_s: float, say: Callable[[str], None
                 return
             raise LaunchError(
                 f"{run}: has not stopped within {wait_s:.0f} s ({left}); wait longer with --wait, or do without the "
-                f"commit: vitscale launch cancel {run} --now"
+                f"commit: {launch_command('cancel', run, '--now')}"
             )
         if time.monotonic() - told >= TELL_S:
             say(f"waiting: {left}")
             told = time.monotonic()
-        time.sleep(POLL_S)
+        time.sleep(min(poll_s, max(0.0, end - time.monotonic())))
     say(_outcome(submission, run))
 
 
-def request_path(run: Path) -> Path:
-    """The file whose presence says that a run is not to be started again."""
-    return run / FOLDER / "requests" / REQUEST
-
-
 def _request(submission: Submission) -> None:
-    text = json.dumps({"unix_s": int(time.time())}) + "\n"
     try:
-        for folder in _folders(submission):
-            request_path(folder).parent.mkdir(parents=True, exist_ok=True)
-            publish_text(request_path(folder), text)
+        request_cancel(submission.run)
     except OSError as error:
         raise LaunchError(
             f"{submission.folder}: cannot be written: {error.strerror}, so that a requeue could not be prevented; "
@@ -84,37 +78,34 @@ def _request(submission: Submission) -> None:
         ) from error
 
 
-def _folders(submission: Submission) -> list[Path]:
-    return [submission.run, *(task_folder(submission.run, task) for task in range(submission.array_tasks or 0))]
-
-
 def _stop_slurm(submission: Submission, now: bool) -> Iterator[str]:
     """Ask SLURM until no job is left; gives what it still waits for."""
     asked: dict[str, float] = {}
-    while active := _active(submission):
+    ids = job_ids(submission, read_attempts(submission.run))
+    while active := [job for job in own_jobs(submission, ids, ask_slurm) if not job.has_ended]:
+        # What has ended stays so.
+        ids = tuple(number for number in ids if any(number in job.numbers for job in active))
         # The newest first: what waits for the end of a job must not start meanwhile.
         for job in reversed(active):
-            if time.monotonic() - asked.get(_key(job), -ASK_AGAIN_S) < ASK_AGAIN_S:
+            key = _key(job, submission.array_task)
+            if time.monotonic() - asked.get(key, -ASK_AGAIN_S) < ASK_AGAIN_S:
                 continue
-            asked[_key(job)] = time.monotonic()
+            asked[key] = time.monotonic()
             if job.is_waiting:
                 # Of an array, the number of the tasks that wait is also that of those that run.
-                slurm.cancel(_key(job), state="PENDING")
+                slurm.cancel(key, state="PENDING")
             elif job.state != "COMPLETING":
-                slurm.cancel(_key(job), signal=None if now else signal.SIGUSR2.name.removeprefix("SIG"))
-        yield ", ".join(f"job {_key(job)} is {job.state.lower()}" for job in active)
+                slurm.cancel(key, signal=None if now else signal.SIGUSR2.name.removeprefix("SIG"))
+        yield ", ".join(f"job {_key(job, submission.array_task)} is {job.state.lower()}" for job in active)
 
 
-def _active(submission: Submission) -> list[SlurmJob]:
-    known = slurm.jobs(ids=submission.jobs)
-    return [job for job in known if not job.has_ended and str(submission.logs) in job.command]
-
-
-def _key(job: SlurmJob) -> str:
-    """What scancel takes. Tasks of an array that wait together are one record."""
-    if job.array_task is None or not job.array_task.isdecimal():
+def _key(job: SlurmJob, task: int | None) -> str:
+    """What scancel takes: for ``task`` only that one. Tasks of an array that wait together are one record."""
+    if job.array_task is None:
         return job.job_id
-    return f"{job.array_job}_{job.array_task}"
+    if task is None and not job.array_task.isdecimal():
+        return job.job_id
+    return f"{job.array_job}_{job.array_task if task is None else task}"
 
 
 def _stop_local(submission: Submission, now: bool) -> Iterator[str]:
@@ -139,7 +130,7 @@ def _shown(submission: Submission, status: Status) -> str:
 
 
 def _outcome(submission: Submission, run: Path) -> str:
-    again = f"vitscale launch resume {run}"
+    again = launch_command("resume", run if submission.array_task is None else array_folder(submission.run))
     if submission.array_tasks is not None:
         return f"stopped; go on with: {again}"
     step = newest_step(run)

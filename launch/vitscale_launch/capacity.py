@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vitscale.errors import LaunchError
 from vitscale_launch.site import Site
@@ -12,12 +12,52 @@ from vitscale_launch.slurm import SlurmNode, SlurmPartition
 
 # Of partitions that start no job.
 _CLOSED = {"DOWN", "DRAIN", "INACTIVE"}
+# In the state of a node that starts no job.
+_OUT = ("DOWN", "DRAIN", "FAIL", "*")
+_BRACKETS = re.compile(r"\[([\d,-]+)\]")
 
 
 def gpus_of(node: SlurmNode, kind: str | None = None) -> int:
     """GPUs of a node; ``kind`` counts only those of one type."""
     found = re.findall(r"(?:^|,)gpu:(?:([^:,()]+):)?(\d+)", node.gres)
     return sum(int(number) for name, number in found if kind is None or name.lower() == kind.lower())
+
+
+def expand(node_list: str) -> Iterator[str]:
+    """The names in a compact list such as ``gpu[003-010,12],cpu1``."""
+    for part in re.split(r",(?![^\[]*\])", node_list):
+        match = _BRACKETS.search(part)
+        if match is None:
+            yield from [part] if part else []
+            continue
+        for numbers in match[1].split(","):
+            first, _, last = numbers.partition("-")
+            for number in range(int(first), int(last or first) + 1):
+                yield from expand(f"{part[: match.start()]}{number:0{len(first)}}{part[match.end() :]}")
+
+
+def members(site: Site, partition: str, nodes: Sequence[SlurmNode]) -> list[SlurmNode]:
+    """The nodes of a partition that the profile does not exclude."""
+    excluded = {name for text in site.exclude for name in expand(text)}
+    return [node for node in nodes if partition in node.partitions and node.name not in excluded]
+
+
+def usable_nodes(site: Site, partitions: Sequence[SlurmPartition], nodes: Sequence[SlurmNode]) -> int:
+    """How many nodes have what the profile asks for and are up. Of a list of partitions, those of the largest: a job
+    runs in one of them."""
+    wanted = site.partition.split(",") if site.partition else [p.name for p in partitions if p.is_default]
+    is_open = {p.name for p in partitions if p.state.upper() not in _CLOSED}
+    counts = [sum(_fits(site, node) for node in members(site, name, nodes)) for name in wanted if name in is_open]
+    return max(counts, default=0)
+
+
+def _fits(site: Site, node: SlurmNode) -> bool:
+    feature = _plain_constraint(site)
+    return (
+        not any(word in node.state for word in _OUT)
+        and (feature is None or feature in node.features)
+        and all(have >= need for _, need, have in _wanted(site, node))
+    )
 
 
 def choose_partition(site: Site, partitions: Sequence[SlurmPartition]) -> SlurmPartition:
@@ -75,33 +115,43 @@ def _check_partition(
             f"--nodes: {nodes_min} is more than partition {partition.name} gives to a job; at most "
             f"{partition.max_nodes}"
         )
-    members = [node for node in nodes if partition.name in node.partitions and node.name not in site.exclude]
-    if len(members) < nodes_min:
-        raise LaunchError(f"--nodes: {nodes_min} is more than partition {partition.name} has; at most {len(members)}")
-    _check_nodes(site, nodes_min, partition.name, members)
+    found = members(site, partition.name, nodes)
+    if len(found) < nodes_min:
+        raise LaunchError(f"--nodes: {nodes_min} is more than partition {partition.name} has; at most {len(found)}")
+    _check_nodes(site, nodes_min, partition.name, found)
     return partition
 
 
-def _check_nodes(site: Site, nodes_min: int, partition: str, members: Sequence[SlurmNode]) -> None:
-    cpus, memory = site.cpus_per_task * site.tasks_on_node, site.memory_mb or 0
-    gpus = f"gpus_per_node ({site.gpus_per_node}{' ' + site.gpu_type if site.gpu_type else ''})"
-    wanted = (
-        (gpus, site.gpus_per_node, [gpus_of(node, site.gpu_type) for node in members]),
-        (f"cpus_per_node ({cpus})", cpus, [node.cpus for node in members]),
-        (f"memory_mb ({memory})", memory, [node.memory_mb for node in members]),
-    )
-    for key, need, have in wanted:
+def _check_nodes(site: Site, nodes_min: int, partition: str, found: Sequence[SlurmNode]) -> None:
+    for rows in zip(*(_wanted(site, node) for node in found), strict=True):
+        key, need, _ = rows[0]
+        have = [value for _, _, value in rows]
         fitting = sum(value >= need for value in have)
         if fitting < nodes_min:
             raise LaunchError(
-                f"{key}: only {fitting} of the {len(members)} nodes of partition {partition} have that, the largest "
-                f"having {max(have)}, and {nodes_min} are needed; ask for less in the site profile, or for fewer nodes"
+                f"{key} ({need}): only {fitting} of the {len(found)} nodes of partition {partition} have that, the "
+                f"largest having {max(have)}, and {nodes_min} are needed; ask for less in the site profile, or for "
+                f"fewer nodes"
             )
-    if site.constraint is not None and re.fullmatch(r"[\w.-]+", site.constraint):
-        fitting = sum(site.constraint in node.features for node in members)
+    if (feature := _plain_constraint(site)) is not None:
+        fitting = sum(feature in node.features for node in found)
         if fitting < nodes_min:
-            features = ", ".join(sorted({name for node in members for name in node.features})) or "none"
+            features = ", ".join(sorted({name for node in found for name in node.features})) or "none"
             raise LaunchError(
-                f"constraint: {fitting} of the {len(members)} nodes of partition {partition} are {site.constraint}, "
-                f"and {nodes_min} are needed; their features: {features}"
+                f"constraint: {fitting} of the {len(found)} nodes of partition {partition} are {feature}, and "
+                f"{nodes_min} are needed; their features: {features}"
             )
+
+
+def _wanted(site: Site, node: SlurmNode) -> Iterator[tuple[str, int, int]]:
+    """What the profile asks of a node: key, how much, and how much the node has."""
+    gpus = f"gpus_per_node of type {site.gpu_type}" if site.gpu_type else "gpus_per_node"
+    yield gpus, site.gpus_per_node, gpus_of(node, site.gpu_type)
+    yield "cpus_per_node", site.cpus_per_task * site.tasks_on_node, node.cpus
+    yield "memory_mb", site.memory_mb or 0, node.memory_mb
+
+
+def _plain_constraint(site: Site) -> str | None:
+    """A feature that nodes must have; of expressions such as ``a&b``, SLURM is the judge."""
+    plain = site.constraint is not None and re.fullmatch(r"[\w.-]+", site.constraint)
+    return site.constraint if plain else None

@@ -83,16 +83,22 @@ class Failure:
 
 def read_errors(folder: Path) -> list[RankError]:
     """What the ranks of an attempt wrote. Torn files of killed ranks tell nothing."""
-    return [error for path in sorted(folder.glob("rank-*.json")) if (error := _read_error(path)) is not None]
+    try:
+        paths = sorted(folder.glob("rank-*.json"))
+    except OSError:
+        return []  # what srun said is left
+    return [error for path in paths if (error := _read_error(path)) is not None]
 
 
-def explain(exit_code: int, errors: Sequence[RankError], said: str) -> Failure:
+def explain(exit_code: int, errors: Sequence[RankError], said: str, *, is_own: bool = True) -> Failure:
     """Why an attempt ended.
 
     Args:
         exit_code: srun's. It is that of any rank, also of one that was stopped because another had failed.
         errors: of the ranks.
         said: what srun and SLURM printed meanwhile.
+        is_own: whether the command is this project's, whose exit code 2 means that the configuration is wrong. To
+            others it is an error like any other.
     """
     if exit_code == 0:
         return Failure(Cause.FINISHED, "finished")
@@ -105,7 +111,7 @@ def explain(exit_code: int, errors: Sequence[RankError], said: str) -> Failure:
     if lost := _NODE.search(said):
         return Failure(Cause.NODE, f"node failure on {lost['nodes']}", tuple(lost["nodes"].split(",")))
     for nodes, numbers, status in tasks:
-        if (failure := _of_status(nodes, numbers, status)) is not None:
+        if (failure := _of_status(nodes, numbers, status, is_own=is_own)) is not None:
             return failure
     interrupted = [error for error in errors if error.kind == "Interrupted"]
     left_in_order = any(status.startswith(f"Exited with exit code {STOPPED_ON_REQUEST}") for _, _, status in tasks)
@@ -119,7 +125,7 @@ def explain(exit_code: int, errors: Sequence[RankError], said: str) -> Failure:
     if asked:
         # A command that saves nothing, or one that had not begun to listen.
         return Failure(Cause.STOPPED, "stopped on request", signal=asked[0])
-    return _of_code(exit_code)
+    return _of_code(exit_code, is_own=is_own)
 
 
 def _of_error(error: RankError) -> Failure:
@@ -141,14 +147,14 @@ def _of_error(error: RankError) -> Failure:
     return Failure(cause, text, (error.host,))
 
 
-def _of_status(nodes: str, tasks: str, status: str) -> Failure | None:
+def _of_status(nodes: str, tasks: str, status: str, *, is_own: bool) -> Failure | None:
     """The failure that a line of srun tells of; None for a task that was only stopped."""
     where = f"task {tasks} on {nodes}"
     if code := _EXIT.match(status):
         number = int(code[1])
         if number in (0, STOPPED_ON_REQUEST):
             return None
-        cause = Cause.CONFIGURATION if number == CONFIGURATION_IS_WRONG else Cause.ERROR
+        cause = Cause.CONFIGURATION if is_own and number == CONFIGURATION_IS_WRONG else Cause.ERROR
         return Failure(cause, f"{where} left with exit code {number}")
     if status.startswith(tuple(_ASKED)):
         return None
@@ -156,8 +162,8 @@ def _of_status(nodes: str, tasks: str, status: str) -> Failure | None:
     return Failure(Cause.KILLED, f"{where}: {status}", () if re.search(r"[\[,]", nodes) else (nodes,))
 
 
-def _of_code(exit_code: int) -> Failure:
-    if exit_code == CONFIGURATION_IS_WRONG:
+def _of_code(exit_code: int, *, is_own: bool) -> Failure:
+    if is_own and exit_code == CONFIGURATION_IS_WRONG:
         return Failure(Cause.CONFIGURATION, "left with exit code 2, the configuration is wrong")
     if exit_code > 128:
         try:

@@ -8,8 +8,10 @@ are in here.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,13 @@ MAX_SKEW_S = 5.0
 # For starting Python and for srun's own end, beyond the time that the site allows.
 START_S, END_S = 60.0, 10.0
 DONE = "done"
+# With these srun leaves whose tasks were ended by such a signal, and with their negatives if it got one itself.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_STOPPED = {code for number in _STOP_SIGNALS for code in (128 + number, -number)}
+
+
+class CheckInterrupted(LaunchError):  # noqa: N818 (nothing is wrong with the nodes)
+    """A check was ended from outside before it could find anything."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +134,13 @@ def run_check(
         unnamed: how many report instead of ``nodes``, where SLURM is yet to choose them.
 
     Raises:
-        LaunchError: the command cannot be started.
+        CheckInterrupted: it was ended from outside, as by a preemption.
+        LaunchError: the command cannot be started, or no nodes are free.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.json"):
         path.unlink()
+    start = time.monotonic()
     try:
         check = subprocess.Popen(
             list(command), env=dict(environment), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()
@@ -145,15 +156,29 @@ def run_check(
         except subprocess.TimeoutExpired:
             check.kill()
             check.wait()
+    in_time = time.monotonic() - start < timeout_s
+    found = sorted(path.stem for path in folder.glob("*.json"))
+    if unnamed and not found and check.returncode not in (0, *_STOPPED) and in_time:
+        raise LaunchError(
+            f"no check was started, see the message of {command[0]} above: {unnamed} nodes may not be free; try again "
+            f"later or with fewer --nodes (sinfo shows what is idle)"
+        )
     if unnamed:
-        found = sorted(path.stem for path in folder.glob("*.json"))
         nodes = [*found, *(f"(unnamed node {number})" for number in range(len(found) + 1, unnamed + 1))]
     reports = {node: read_report(folder, node) for node in nodes}
     bad = judge(nodes, reports)
+    if in_time and check.returncode in _STOPPED and _knows_nothing(nodes, reports):
+        raise CheckInterrupted("the health check was ended from outside, and tells nothing of the nodes; try again")
     (folder / "verdict.json").write_text(json.dumps({"nodes": list(nodes), "bad": bad}, indent=1) + "\n")
     for line in describe(nodes, reports, bad):
         sys.stderr.write(f"vitscale launch: health: {line}\n")
     return bad
+
+
+def _knows_nothing(nodes: Sequence[str], reports: Mapping[str, NodeReport | None]) -> bool:
+    """Whether no node came to an end or has a problem of its own."""
+    known = [report for node in nodes if (report := reports.get(node)) is not None]
+    return not any(report.problems or report.stage == DONE for report in known)
 
 
 def gpu_problems(said: str, expected: int) -> list[str]:

@@ -16,6 +16,9 @@ import typer
 if TYPE_CHECKING:
     from vitscale_launch.site import Site
 
+# For nodes to become free. It is part of the time that starting may take.
+WAIT_S = 30
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to a group."""
@@ -71,13 +74,15 @@ def health(
 def _place(profile: Site, nodes: int, site: str | None) -> tuple[list[str], list[str]]:
     """The words that start a process on each node, and the nodes' names where they are known already."""
     from vitscale_launch import slurm
+    from vitscale_launch.capacity import check_capacity
 
     if "SLURM_JOB_NODELIST" in os.environ and "SLURM_STEP_ID" not in os.environ:
         names = slurm.host_names(os.environ["SLURM_JOB_NODELIST"])
         return ["srun", *_each(len(names))], names
     if site is None:
         return [], [os.environ.get("SLURMD_NODENAME", socket.gethostname())]
-    return ["srun", *_each(nodes), *_options(profile)], []
+    check_capacity(profile, nodes, slurm.partitions(), slurm.nodes())
+    return ["srun", f"--immediate={WAIT_S}", *_each(nodes), *_options(profile)], []
 
 
 def _each(nodes: int) -> list[str]:

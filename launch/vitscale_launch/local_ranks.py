@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vitscale.durable import publish_text
-from vitscale.errors import LaunchError
+from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale_launch.environment import ERRORS
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 STOPPED_ON_REQUEST = 75
+_FOR_EVER = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC}
 # After the first failure: for the others to see it themselves, and then to obey SIGTERM.
 NOTICE_S, TERM_S = 5.0, 10.0
 # After the first rank has left in peace: they leave together, but for what the last of them must still write.
@@ -34,7 +36,8 @@ def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]])
         The exit code of the first that failed, else 75 if one stopped on request, else 0. 128 + n: killed by signal n.
 
     Raises:
-        LaunchError: the command cannot be started.
+        ConfigError: there is no such command.
+        LaunchError: it cannot be started.
     """
     # They stay blocked in the ranks, too, until those are ready for them: none is lost meanwhile.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
@@ -48,13 +51,38 @@ def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]])
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def cannot_start(word: str, error: OSError) -> VitscaleError:
+    """The error of a command that this node does not start. If a second try cannot help, it is of the configuration."""
+    kind = ConfigError if error.errno in _FOR_EVER else LaunchError
+    return kind(f"{word} cannot be started on {_host()}: {error.strerror}; see that it is there on every node")
+
+
+def write_error(folder: Path, rank: int, kind: str, message: str, exit_code: int) -> None:
+    """Tell why a rank failed that cannot tell it itself, as :mod:`vitscale.ranks` does."""
+    record = {
+        "rank": rank,
+        "host": _host(),
+        "kind": kind,
+        "message": message,
+        "traceback": None,
+        "exit_code": exit_code,
+        "unix_s": time.time(),
+        "is_victim": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    publish_text(folder / f"rank-{rank:05}.json", json.dumps(record))
+
+
+def _host() -> str:
+    """This node as SLURM calls it, so that it can be left out of the next attempt."""
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+
+
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(list(command), env=dict(environment), stdin=subprocess.DEVNULL)
     except OSError as error:
-        raise LaunchError(
-            f"{command[0]} cannot be started on {socket.gethostname()}: {error.strerror}; see that it is there"
-        ) from error
+        raise cannot_start(command[0], error) from error
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]], environments: Sequence[Mapping[str, str]]) -> int:
@@ -116,15 +144,4 @@ def _tell_of_death(environment: Mapping[str, str], number: int) -> None:
     name, rank = signal.Signals(number).name, int(environment["RANK"])
     sys.stderr.write(f"vitscale: rank {rank} was killed by {name}; the other ranks of the node are stopped\n")
     if folder := environment.get(ERRORS):
-        record = {
-            "rank": rank,
-            "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
-            "kind": "Killed",
-            "message": f"killed by {name}",
-            "traceback": None,
-            "exit_code": 128 + number,
-            "unix_s": time.time(),
-            "is_victim": False,
-        }
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        publish_text(Path(folder) / f"rank-{rank:05}.json", json.dumps(record))
+        write_error(Path(folder), rank, "Killed", f"killed by {name}", 128 + number)

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vitscale.errors import LaunchError
+from vitscale_launch.hints import launch_command
 from vitscale_launch.job import ATTEMPT_LINE
 from vitscale_launch.status import read_status
-from vitscale_launch.submission import Submission, read_submission
+from vitscale_launch.submission import Submission, array_folder, read_submission
 
 STREAMS = ("out", "err")
 # More than a person reads; the whole files are named in the headings.
 TAIL_BYTES = 4 << 20
 POLL_S = 0.5
-LOOK_WHETHER_IT_RUNS_S = 5.0
+LOOK_WHETHER_IT_RUNS_S = 10.0
 _ATTEMPT = re.compile(re.escape(ATTEMPT_LINE.partition("{")[0]) + r"(\d+) ")
 
 Write = Callable[[str], object]
@@ -97,13 +98,12 @@ def log_files(submission: Submission, rank: int | None) -> list[Path]:
 
 def _stems(submission: Submission, rank: int) -> Iterator[str]:
     if submission.array_task is not None:
-        array = read_submission(submission.run.parent.parent)
         _check(rank, 1, f"--rank {rank}: a task of an array has one rank, 0; leave --rank out")
-        return (f"{job}_{submission.array_task}_0" for job in array.jobs)
+        return _stems_of_task(read_submission(array_folder(submission.run)), submission.array_task)
     if submission.array_tasks is not None:
         tasks = submission.array_tasks
         _check(rank, tasks, f"--rank {rank}: is the task of an array here, and there are {tasks}, counted from 0")
-        return (f"{job}_{rank}_0" for job in submission.jobs)
+        return _stems_of_task(submission, rank)
     ranks = submission.nodes_max * submission.ranks_per_node
     _check(rank, ranks, f"--rank {rank}: this run has at most {ranks} ranks, counted from 0")
     if submission.executor != "slurm":
@@ -111,6 +111,12 @@ def _stems(submission: Submission, rank: int) -> Iterator[str]:
         return (f"{job}_0" for job in submission.jobs)
     task = rank // (submission.ranks_per_node // submission.site.tasks_on_node)
     return (f"{job}_{task}" for job in submission.jobs)
+
+
+def _stems_of_task(array: Submission, task: int) -> Iterator[str]:
+    for job in array.jobs:
+        # A single task is no array for submitit.
+        yield f"{job}_0" if array.array_tasks == 1 else f"{job}_{task}_0"
 
 
 def _check(rank: int, count: int, message: str) -> None:
@@ -161,5 +167,5 @@ def _nothing(run: Path, submission: Submission, rank: int | None, attempt: int |
     whose = f"rank {rank or 0}" if attempt is None else f"rank {rank or 0} in attempt {attempt}"
     return (
         f"{run}: {whose} has printed nothing yet, or its logs in {submission.logs} were removed; see what the run is "
-        f"doing with: vitscale launch status {run}"
+        f"doing with: {launch_command('status', run)}"
     )

@@ -16,6 +16,8 @@ from vitscale_launch.save_time import step_and_save_s
 from vitscale_launch.site import Site
 
 Rows = list[tuple[str, str]]
+OTHER_RUN, OTHER_FOLDER = "choose another folder with run=...", "choose another folder with --folder"
+"""What to do if that of a training run, or that of an array, cannot be taken."""
 
 
 def check_run(config_file: Path, overrides: Sequence[str], *, world_size: int) -> Rows:
@@ -78,8 +80,12 @@ def fitting_nodes(config: TrainConfig, ranks_per_node: int, nodes_min: int, node
     return [n for n in range(nodes_min, nodes_max + 1) if micro_batches % (n * ranks_per_node) == 0]
 
 
-def check_writable(run: Path) -> None:
+def check_writable(run: Path, choose: str = OTHER_RUN) -> None:
     """Write a nameless file to the first folder that exists on the way to the run folder.
+
+    Args:
+        run: the folder.
+        choose: what to do if it cannot be written.
 
     Raises:
         LaunchError: it cannot be written.
@@ -91,9 +97,7 @@ def check_writable(run: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
-        raise LaunchError(
-            f"run: {folder} cannot be written: {error.strerror}; choose another folder with run=..."
-        ) from error
+        raise LaunchError(f"{folder} cannot be written: {error.strerror}; {choose}") from error
 
 
 def _check_continuation(config: TrainConfig, plan: RunPlan, data_digest: str, allow_change: Sequence[str]) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vitscale_launch.hints import launch_command
+
 app = typer.Typer(no_args_is_help=True, help="Write and try the profile of a cluster.")
 
 
@@ -24,7 +26,7 @@ def init(
     path = Path(name) if is_path else user_sites() / f"{name}.yaml"
     draft = draft_site(partition)
     write_draft(draft, path, force=force)
-    typer.echo(f"{draft.text()}\n-> {path}\n   now: vitscale launch site check {name}")
+    typer.echo(f"{draft.text()}\n-> {path}\n   now: {launch_command('site', 'check', name)}")
 
 
 @app.command()

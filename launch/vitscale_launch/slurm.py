@@ -56,6 +56,13 @@ class SlurmJob:
     array_job: str | None = None
     array_task: str | None = None
     """The number of the task; for those that wait together, such as ``4-15%2``."""
+    is_preempted: bool = False
+    """Whether SLURM has told it to make room, and it runs in the time that is left."""
+
+    @property
+    def numbers(self) -> set[str]:
+        """What SLURM's commands find it by: its own number, its array's, and that of a task within it."""
+        return {self.job_id, *((self.array_job, f"{self.array_job}_{self.array_task}") if self.array_job else ())}
 
     @property
     def is_waiting(self) -> bool:
@@ -111,6 +118,8 @@ class SlurmPartition:
 def jobs(*, user: str | None = None, ids: Iterable[str] | None = None) -> list[SlurmJob]:
     """The jobs that SLURM still knows, each task of an array by itself; also those that ended minutes ago.
 
+    Asks once, for controllers serve many users: for one number by it, for several by listing all jobs.
+
     Args:
         user: only this one's.
         ids: only those with these numbers; the number of an array stands for all its tasks.
@@ -118,10 +127,12 @@ def jobs(*, user: str | None = None, ids: Iterable[str] | None = None) -> list[S
     Raises:
         LaunchError: SLURM is not here or does not answer.
     """
-    if ids is not None:
-        found = [job for job_id in dict.fromkeys(ids) for job in _known(job_id)]
+    wanted = None if ids is None else set(ids)
+    if wanted is not None and len(wanted) <= 1:
+        found = [job for job_id in wanted for job in _known(job_id)]
     else:
         found = [_job(record) for record in records(_run("scontrol", "--all", "show", "job"))]
+        found = [job for job in found if wanted is None or wanted & job.numbers]
     return [job for job in found if user in (None, job.user)]
 
 
@@ -235,6 +246,7 @@ def _job(record: dict[str, str]) -> SlurmJob:
         work_dir=word(record.get("WorkDir", "")),
         array_job=record.get("ArrayJobId"),
         array_task=record.get("ArrayTaskId"),
+        is_preempted=unix_s(record.get("PreemptTime", "")) is not None,
     )
 
 
@@ -320,6 +332,6 @@ def _check(done: subprocess.CompletedProcess[str]) -> None:
     said = " ".join(" ".join([line for line in lines if "fatal:" in line] or lines).split())
     said = said or f"exit code {done.returncode}"
     cure = "try again later, or ask the cluster's administrators"
-    if "contact slurm controller" in said or "configuration source" in said:
+    if any(words in said for words in ("contact slurm controller", "configuration source", "configuration file")):
         cure = "look at `scontrol ping`, at SLURM_CONF, and whether this machine belongs to the cluster"
     raise LaunchError(f"`{' '.join(done.args)}` failed: {said}; {cure}")

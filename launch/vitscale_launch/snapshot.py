@@ -33,7 +33,7 @@ def snapshot_code(folder: Path) -> None:
         # copytree gathers the failures of all files in a list.
         reason = error.strerror or str(error.args[0])
         raise LaunchError(
-            f"{folder}: the code cannot be copied here: {reason}; make room or choose another folder with run=..."
+            f"{folder}: the code cannot be copied here: {reason}; make room or choose another folder"
         ) from error
 
 

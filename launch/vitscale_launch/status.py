@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from vitscale.durable import Lock
 from vitscale.errors import CheckpointError, ConfigError, Interrupted, LaunchError
 from vitscale.train.heartbeat import Beat, read_beats
 from vitscale_launch import slurm
+from vitscale_launch.activity import Ask, job_ids, jobs_of_task, local_process, own_jobs
 from vitscale_launch.attempts import Attempt, errors_folder, read_attempts
 from vitscale_launch.failures import RankError, read_errors
 from vitscale_launch.progress import Commit, Progress, Silence, find_silence, newest_commit, read_progress
+from vitscale_launch.requests import cancel_requested
 from vitscale_launch.slurm import SlurmJob
-from vitscale_launch.submission import Submission, array_folder, read_submission, submission_path, task_folder
+from vitscale_launch.submission import Submission, read_submission, submission_path, task_folder
 from vitscale_launch.verdict import State, judge
 
 # A rank that told its place so short a time ago is alive.
@@ -79,7 +79,7 @@ def ask_slurm(ids: Sequence[str]) -> list[SlurmJob]:
     return slurm.jobs(ids=ids)
 
 
-def read_status(run: Path, ask: Callable[[Sequence[str]], list[SlurmJob]] = ask_slurm) -> Status:
+def read_status(run: Path, ask: Ask = ask_slurm) -> Status:
     """The state of a run.
 
     Args:
@@ -87,8 +87,17 @@ def read_status(run: Path, ask: Callable[[Sequence[str]], list[SlurmJob]] = ask_
         ask: gives the jobs with some numbers, or raises LaunchError.
 
     Raises:
-        LaunchError: there is no run in that folder.
+        LaunchError: there is no run in that folder, or it cannot be read.
     """
+    try:
+        return _read_status(run, ask)
+    except OSError as error:
+        raise LaunchError(
+            f"{error.filename or run}: cannot be read: {error.strerror or error}; ask the owner of the run"
+        ) from error
+
+
+def _read_status(run: Path, ask: Ask) -> Status:
     if not is_run(run):
         raise LaunchError(
             f"{run}: is no run folder, for it holds neither {submission_path(run).relative_to(run)} nor a config.yaml "
@@ -108,7 +117,8 @@ def read_status(run: Path, ask: Callable[[Sequence[str]], list[SlurmJob]] = ask_
     progress, asked = read_progress(run), not notes
     is_alive = _is_alive(run, submission, attempts, asked=asked)
     finished = _is_finished(submission, attempts, progress, commit)
-    state, why = judge(jobs, attempts, finished=finished, is_alive=is_alive, asked=asked)
+    cancelled = cancel_requested(run)
+    state, why = judge(jobs, attempts, finished=finished, is_alive=is_alive, asked=asked, cancelled=cancelled)
     beats, silence = _ranks(run, state, attempts, progress)
     return Status(
         run,
@@ -128,7 +138,7 @@ def read_status(run: Path, ask: Callable[[Sequence[str]], list[SlurmJob]] = ask_
 def _is_finished(
     submission: Submission | None, attempts: Sequence[Attempt], progress: Progress, commit: Commit | None
 ) -> bool:
-    if not attempts or (submission and attempts[-1].started_unix_s < submission.submitted_unix_s):
+    if not attempts or (submission and attempts[-1].number < submission.first_attempt):
         # What was submitted since may be longer.
         return False
     is_last = commit is not None and progress.total_steps is not None and commit.step >= progress.total_steps
@@ -155,9 +165,12 @@ def _array_status(run: Path, submission: Submission, jobs: Sequence[SlurmJob], n
     tasks = []
     for number in range(submission.array_tasks or 0):
         folder = task_folder(run, number)
-        mine = [job for job in jobs if job.array_task is not None and has_task(job.array_task, number)]
+        mine = jobs_of_task(submission, number, jobs)
         attempts = read_attempts(folder)
-        state, why = judge(mine, attempts, finished=bool(attempts) and attempts[-1].exit_code == 0, is_alive=False)
+        own = read_submission(folder) if attempts and submission_path(folder).is_file() else submission
+        finished = _is_finished(own, attempts, Progress(), commit=None)
+        cancelled = cancel_requested(folder)
+        state, why = judge(mine, attempts, finished=finished, is_alive=False, cancelled=cancelled)
         failure = _first_failure(folder, attempts) if state is State.FAILED else None
         tasks.append(Status(folder, state, why, tuple(attempts), tuple(mine), failure=failure))
     counts = {state: sum(task.state is state for task in tasks) for state in State}
@@ -169,40 +182,22 @@ def _array_status(run: Path, submission: Submission, jobs: Sequence[SlurmJob], n
     return Status(run, state, why, jobs=tuple(jobs), notes=tuple(notes), tasks=tuple(tasks))
 
 
-def has_task(tasks: str, number: int) -> bool:
-    """Whether SLURM's list of an array's tasks, such as ``1,4-7%2``, has a number."""
-    for part in tasks.partition("%")[0].split(","):
-        first, _, last = part.partition("-")
-        if first.isdecimal() and int(first) <= number <= int(last or first):
-            return True
-    return False
-
-
 def _own_jobs(
     submission: Submission | None,
     attempts: Sequence[Attempt],
-    ask: Callable[[Sequence[str]], list[SlurmJob]],
+    ask: Ask,
     notes: list[str],
 ) -> tuple[SlurmJob, ...]:
-    """The jobs of a run that SLURM knows, oldest first."""
-    if submission:
-        ids = submission.jobs if submission.executor == "slurm" else ()
-        if submission.array_task is not None:
-            ids = read_submission(array_folder(submission.run)).jobs
-    else:
-        ids = tuple(dict.fromkeys(attempt.job for attempt in attempts if attempt.job))
-    if not ids:
-        return ()
+    """The jobs of a run that SLURM knows and that may be at work, oldest first."""
     try:
-        return tuple(job for job in ask(ids) if _is_ours(job, submission))
+        if submission:
+            return tuple(own_jobs(submission, job_ids(submission, attempts), ask))
+        # Of a run that was started by hand, only the newest attempt can be at work.
+        newest = attempts[-1].job if attempts else ""
+        return tuple(ask([newest])) if newest else ()
     except LaunchError as error:
         notes.append(f"the queue is out of reach: {error}")
         return ()
-
-
-def _is_ours(job: SlurmJob, submission: Submission | None) -> bool:
-    """Numbers of jobs begin again where a cluster is set up anew, so the script must be ours, too."""
-    return submission is None or str(submission.logs) in job.command
 
 
 def _started_by_hand(run: Path) -> list[Attempt]:
@@ -210,23 +205,29 @@ def _started_by_hand(run: Path) -> list[Attempt]:
     path = run / "attempts.jsonl"
     if not path.is_file():
         return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [
-        Attempt(
-            number=record["attempt"],
-            job=record.get("slurm_job_id") or "",
-            restart=0,
-            nodes=record["host"],
-            ranks=record["world_size"],
-            started_unix_s=record["started_unix_s"],
-            started_step=record.get("restored_step"),
-            ended_unix_s=None,
-            exit_code=None,
-            reason=None,
-            ended_step=None,
-        )
-        for record in records
-    ]
+    try:
+        return [_attempt_by_hand(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LaunchError(
+            f"{path}: is no list of attempts ({type(error).__name__}: {error}); move it aside, the run itself "
+            f"continues from its checkpoints"
+        ) from error
+
+
+def _attempt_by_hand(record: dict[str, Any]) -> Attempt:
+    return Attempt(
+        number=record["attempt"],
+        job=record.get("slurm_job_id") or "",
+        restart=0,
+        nodes=record["host"],
+        ranks=record["world_size"],
+        started_unix_s=record["started_unix_s"],
+        started_step=record.get("restored_step"),
+        ended_unix_s=None,
+        exit_code=None,
+        reason=None,
+        ended_step=None,
+    )
 
 
 def _first_failure(run: Path, attempts: Sequence[Attempt]) -> RankError | None:
@@ -249,21 +250,6 @@ def _is_alive(run: Path, submission: Submission | None, attempts: Sequence[Attem
         return False
     last_sign = max([attempts[-1].started_unix_s, *(beat.unix_s for beat in read_beats(run))])
     return time.time() - last_sign < ALIVE_S
-
-
-def local_process(submission: Submission) -> psutil.Process | None:
-    """The process of this machine that runs a submission without SLURM, if it is alive."""
-    if submission.executor != "local":
-        return None
-    for job in reversed(submission.jobs):
-        try:
-            process = psutil.Process(int(job))
-            # Numbers of processes are used again.
-            if str(submission.logs) in process.cmdline():
-                return process
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return None
 
 
 def _is_locked(run: Path) -> bool:

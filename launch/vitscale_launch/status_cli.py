@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitscale_launch.hints import launch_command
 from vitscale_launch.table import clock, duration, print_pairs, print_table
 
 if TYPE_CHECKING:
@@ -86,13 +87,24 @@ def cancel(
 def resume(
     run: Run,
     nodes: Annotated[str | None, typer.Option(help="Nodes: 8, or 8:32; default: as before.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Changed key of the site profile that was kept; repeatable."),
+    ] = None,
+    chain: Annotated[
+        int, typer.Option(help="Jobs queued one after another, for sites that do not requeue.", min=1)
+    ] = 1,
 ) -> None:
     """Submit a run again that has stopped or failed, with the code and the configuration that it was submitted with."""
     from vitscale_launch.resume import resume_run
 
-    submission = resume_run(run, nodes)
-    typer.echo(f"submitted as {'job' if submission.executor == 'slurm' else 'process'} {submission.jobs[-1]}")
-    typer.echo(f"watch it with: vitscale launch status {run}")
+    submission, jobs = resume_run(run, nodes, changes=set_ or [], chain=chain)
+    if submission.executor == "debug":
+        from vitscale_launch.batch import run_here
+
+        raise typer.Exit(run_here(submission))
+    typer.echo(f"submitted as {'job' if submission.executor == 'slurm' else 'process'} {', '.join(jobs)}")
+    typer.echo(f"watch it with: {launch_command('status', run)}")
 
 
 def list_runs(
@@ -178,10 +190,10 @@ def _stuck(found: Status) -> list[str]:
 def _next(found: Status) -> list[str]:
     run = found.run
     told = {
-        "running": [f"vitscale launch logs {run} --follow"],
-        "waiting": [f"vitscale launch cancel {run}"],
-        "stopped": [f"vitscale launch resume {run}"],
-        "failed": [f"vitscale launch logs {run}", f"vitscale launch resume {run}"],
+        "running": [launch_command("logs", run, "--follow")],
+        "waiting": [launch_command("cancel", run)],
+        "stopped": [launch_command("resume", run)],
+        "failed": [launch_command("logs", run), launch_command("resume", run)],
     }
     return told.get(found.state.value, [])
 
@@ -194,6 +206,9 @@ def _attempt_row(found: Status, attempt: Attempt) -> Sequence[str]:
     goes_on = is_last and attempt.ended_unix_s is None and found.state.value == "running"
     end = time.time() if goes_on else attempt.ended_unix_s
     step = found.step if is_last and attempt.ended_step is None else attempt.ended_step
+    if step is None and attempt.reason is not None:
+        # It has told of its end, and nothing was committed.
+        step = 0
     return (
         str(attempt.number),
         attempt.job or "-",

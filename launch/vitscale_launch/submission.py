@@ -6,6 +6,7 @@ submitit's ``logs`` (batch script, standard output and errors of every task).
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,8 @@ from vitscale.errors import LaunchError
 from vitscale_launch.site import Site
 
 FOLDER = "launch"
+# In names of variables whose values other users must not read.
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
 @section
@@ -55,6 +58,10 @@ class Submission:
     """How many tasks the array has; None if the command is a training run."""
     array_task: int | None = None
     """Which of them this is; None for a training run, and in the folder of the array itself."""
+    first_attempt: int = 1
+    """Number of the first attempt that counts for decisions: one that is submitted again has a clean slate."""
+    cwd: Path | None = None
+    """Folder that it was submitted from, in which the job starts; None for the one of the moment."""
 
     @property
     def folder(self) -> Path:
@@ -122,7 +129,13 @@ def read_submission(run: Path) -> Submission:
 
 
 def write_submission(submission: Submission) -> None:
-    """Replace the description of a submission in one step."""
+    """Replace the description of a submission in one step.
+
+    If the profile's environment holds what looks like a secret, the whole folder is closed to other users: the batch
+    script and its log hold it, too.
+    """
     submission.folder.mkdir(parents=True, exist_ok=True)
+    if any(_SECRET.search(name) for name in submission.site.environment):
+        submission.folder.chmod(0o700)
     text = TypeAdapter(Submission).dump_json(submission, indent=1).decode()
     publish_text(submission_path(submission.run), f"{text}\n")

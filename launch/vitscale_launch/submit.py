@@ -12,17 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from vitscale.config.loader import load_config
 from vitscale.config.schema import TrainConfig
 from vitscale.durable import Lock
 from vitscale.errors import LaunchError
 from vitscale.run_config import with_absolute_paths
 from vitscale_launch import slurm
-from vitscale_launch.batch import batch_text, queue_slurm, start_local
+from vitscale_launch.activity import job_ids, local_process, own_jobs
+from vitscale_launch.attempts import read_attempts
+from vitscale_launch.batch import batch_text
 from vitscale_launch.capacity import check_capacity
-from vitscale_launch.preflight import Rows, check_config, check_signal_delay, check_writable, fitting_nodes
+from vitscale_launch.hints import launch_command
+from vitscale_launch.preflight import (
+    OTHER_FOLDER,
+    OTHER_RUN,
+    Rows,
+    check_config,
+    check_signal_delay,
+    check_writable,
+    fitting_nodes,
+)
+from vitscale_launch.queueing import check_chain, queue
 from vitscale_launch.site import Site
 from vitscale_launch.snapshot import freeze_config, snapshot_code
 from vitscale_launch.submission import (
@@ -30,8 +40,6 @@ from vitscale_launch.submission import (
     Submission,
     read_submission,
     submission_path,
-    task_folder,
-    write_submission,
 )
 
 Executor = Literal["slurm", "local", "debug"]
@@ -83,9 +91,9 @@ def prepare_run(
     check_name(config.run)
     fitting = fitting_nodes(config, site.ranks_on_node, *nodes)
     # Without a fitting number, the plan's own refusal names those that would fit.
-    used = fitting[-1] if fitting else nodes[1]
-    rows = check_config(config, world_size=used * site.ranks_on_node, allow_change=allow_change)
-    rows += [("nodes", _nodes_text(nodes, fitting, site))]
+    low, high = (fitting[0], fitting[-1]) if fitting else nodes
+    rows = check_config(config, world_size=high * site.ranks_on_node, allow_change=allow_change)
+    rows += [("nodes", _nodes_text(low, high, fitting, site))]
     if executor == "slurm":
         rows += check_signal_delay(config, site)
     refuse_if_active(config.run)
@@ -96,8 +104,9 @@ def prepare_run(
         command=("train", str(frozen), *changes),
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size,
-        nodes_min=nodes[0],
-        nodes_max=nodes[1],
+        # Fewer would be given only to be handed back, and more would stay idle.
+        nodes_min=low,
+        nodes_max=high,
         ranks_per_node=site.ranks_on_node,
         site=site,
         python=sys.executable,
@@ -106,9 +115,12 @@ def prepare_run(
         executor=executor,
         max_failures=max_failures,
         health_check=site.health_check if health_check is None else health_check,
+        cwd=Path.cwd(),
     )
     if executor == "slurm":
-        rows += [("partition", _ask_slurm(site, nodes[0], dry=dry))]
+        rows += [("partition", _ask_slurm(site, low, dry=dry))]
+    elif site.modules or site.setup or submission.health_check:
+        rows += [("note", "modules, setup and health check of the profile are for SLURM jobs; here they are left out")]
     return Prepared(submission, rows, config)
 
 
@@ -138,8 +150,8 @@ def prepare_array(
         raise LaunchError(f"--tasks is {tasks}; allowed is 1 to {MAX_ARRAY_TASKS}")
     folder = folder.absolute()
     check_name(folder)
-    check_writable(folder)
-    refuse_if_active(folder)
+    check_writable(folder, OTHER_FOLDER)
+    refuse_if_active(folder, OTHER_FOLDER)
     submission = Submission(
         run=folder,
         command=(),
@@ -154,10 +166,13 @@ def prepare_array(
         jobs=_jobs_before(folder),
         max_failures=max_failures,
         array_tasks=tasks,
+        cwd=Path.cwd(),
     )
     first = [*submission.rank_python, "-P", "-m", "vitscale"] if command[0] == "vitscale" else [command[0]]
     submission = dataclasses.replace(submission, command=(*first, *command[1:]))
     rows = [("tasks", str(tasks)), ("command", shlex.join(submission.command)), ("folder", str(folder))]
+    if not (site.container or site.modules or site.setup) and shutil.which(first[0]) is None:
+        rows += [("note", f"{first[0]} was not found here; it must be there on every node")]
     rows += [("partition", _ask_slurm(site, 1, tasks=tasks, dry=dry))]
     return Prepared(submission, rows)
 
@@ -173,82 +188,53 @@ def submit(prepared: Prepared, *, chain: int = 1) -> Submission:
         LaunchError: the folder cannot be written, or SLURM does not take the job.
     """
     submission = prepared.submission
-    _check_chain(submission, chain)
+    check_chain(submission, chain)
     try:
         submission.logs.mkdir(parents=True, exist_ok=True)
         snapshot_code(submission.code)
         if prepared.config is not None:
             freeze_config(prepared.config, submission.config)
-        for task in range(submission.array_tasks or 0):
-            write_submission(_of_task(submission, task))
     except OSError as error:
         raise LaunchError(f"{submission.folder}: cannot be written: {error.strerror}; choose another folder") from error
-    return queue(submission, chain=chain)
+    return queue(submission, chain=chain, anew=True)
 
 
-def queue(submission: Submission, *, chain: int = 1) -> Submission:
-    """Queue what lies in the folder of a submission, with the code and the configuration that were kept there.
+def check_again(submission: Submission) -> Rows:
+    """See that what was submitted once can still run: the cluster may have changed, and saves were measured meanwhile.
 
     Returns:
-        The submission with the new jobs, as it was written. What the executor ``debug`` is to run waits for
-        :func:`vitscale_launch.batch.run_here`.
+        Rows of the plan that this adds.
 
     Raises:
-        LaunchError: SLURM does not take the job.
+        LaunchError: the cluster has no such partition or nodes any more, or the warning before the time limit is too
+            short for a step and a save.
+        ConfigError: the kept configuration cannot be read.
     """
-    _check_chain(submission, chain)
-    submission = dataclasses.replace(submission, submitted_unix_s=int(time.time()))
-    _forget_requests(submission)
-    # Before the job is queued, for it may start at once.
-    write_submission(submission)
-    if submission.executor == "debug":
-        return submission
-    job: str | None = None
-    for _ in range(chain):
-        job = start_local(submission) if submission.executor == "local" else queue_slurm(submission, after_job=job)
-        submission = dataclasses.replace(submission, jobs=(*submission.jobs, job))
-        write_submission(submission)
-    return submission
+    if submission.executor != "slurm":
+        return []
+    rows = []
+    if submission.array_tasks is None:
+        rows += check_signal_delay(load_config(submission.config), submission.site)
+    text = _ask_slurm(submission.site, submission.nodes_min, tasks=submission.array_tasks or 0, dry=False)
+    return [*rows, ("partition", text)]
 
 
-def resubmit(submission: Submission, *, nodes_min: int | None = None, nodes_max: int | None = None) -> Submission:
-    """Queue a run again, with the code and the configuration that were kept.
+def refuse_if_active(run: Path, choose: str = OTHER_RUN) -> None:
+    """See that no job of this run is queued or running, and that nobody trains in its folder.
 
     Args:
-        submission: what was submitted.
-        nodes_min: another number of fewest nodes.
-        nodes_max: another number of most nodes; by default at least the fewest.
-
-    Raises:
-        LaunchError: no such number of nodes can share the global batch, or SLURM does not take the job.
-    """
-    low = nodes_min or submission.nodes_min
-    high = nodes_max or max(low, submission.nodes_max)
-    if submission.global_batch_size is not None and submission.micro_batch_size is not None:
-        micro_batches = submission.global_batch_size // submission.micro_batch_size
-        if not any(micro_batches % (nodes * submission.ranks_per_node) == 0 for nodes in range(1, high + 1)):
-            raise LaunchError(
-                f"--nodes {low}:{high}: {micro_batches} micro-batches cannot be shared by {submission.ranks_per_node} "
-                f"ranks on each of so many nodes; choose a number of nodes that divides them"
-            )
-    if submission.executor == "slurm":
-        _ask_slurm(submission.site, low, dry=False, tasks=submission.array_tasks or 0)
-    return queue(dataclasses.replace(submission, nodes_min=low, nodes_max=high))
-
-
-def refuse_if_active(run: Path) -> None:
-    """See that no job of this run is queued or running, and that nobody trains in its folder.
+        run: the folder of the run, or of an array.
+        choose: what to do instead.
 
     Raises:
         LaunchError: one is.
     """
     if submission_path(run).exists():
-        submission = read_submission(run)
-        active = _active_local(submission) if submission.executor == "local" else _active_slurm(submission)
+        active = _active(read_submission(run))
         if active is not None:
             raise LaunchError(
-                f"run: {run} was submitted already, and {active}; wait for it, stop it with `vitscale launch cancel "
-                f"{run}`, or choose another folder with run=..."
+                f"{run} was submitted already, and {active}; wait for it, stop it with "
+                f"`{launch_command('cancel', run)}`, or {choose}"
             )
     path = run / ".lock"
     if not path.exists():
@@ -257,11 +243,11 @@ def refuse_if_active(run: Path) -> None:
     try:
         if not lock.take():
             raise LaunchError(
-                f"run: {run} is being trained right now, by a process that was not submitted; wait for it, stop it, "
-                f"or choose another folder with run=..."
+                f"{run} is being trained right now, by a process that was not submitted; wait for it, stop it, "
+                f"or {choose}"
             )
     except OSError as error:
-        raise LaunchError(f"{path}: cannot be opened: {error.strerror}; choose another folder with run=...") from error
+        raise LaunchError(f"{path}: cannot be opened: {error.strerror}; {choose}") from error
     finally:
         lock.release()
 
@@ -274,21 +260,15 @@ def check_name(run: Path) -> None:
     """
     if wrong := next((character for character in str(run) if character in "%\\" or not character.isprintable()), None):
         raise LaunchError(
-            f"run: {str(run)!r} holds {wrong!r}, which SLURM does not take literally in names of logs; rename it"
+            f"{str(run)!r} holds {wrong!r}, which SLURM does not take literally in names of logs; rename it"
         )
 
 
-def _of_task(array: Submission, task: int) -> Submission:
-    """The submission of one task of an array."""
-    words = (word.replace("{task}", str(task)).replace("{tasks}", str(array.array_tasks)) for word in array.command)
-    return dataclasses.replace(array, run=task_folder(array.run, task), command=tuple(words), array_task=task, jobs=())
-
-
-def _nodes_text(nodes: tuple[int, int], fitting: Sequence[int], site: Site) -> str:
-    text = f"{nodes[0]} x {site.ranks_on_node} ranks"
-    if nodes[0] != nodes[1]:
+def _nodes_text(low: int, high: int, fitting: Sequence[int], site: Site) -> str:
+    text = f"{low} x {site.ranks_on_node} ranks"
+    if low != high:
         sizes = ", ".join(map(str, fitting))
-        text = f"{nodes[0]} to {nodes[1]}, as the queue gives them; used are {sizes}, x {site.ranks_on_node} ranks"
+        text = f"{low} to {high}, as the queue gives them; used are {sizes}, x {site.ranks_on_node} ranks"
     return text
 
 
@@ -308,41 +288,15 @@ def _ask_slurm(site: Site, nodes_min: int, *, dry: bool, tasks: int = 0) -> str:
     return f"{partition.name}, {site.time_limit_minutes} minutes for an attempt"
 
 
-def _check_chain(submission: Submission, chain: int) -> None:
-    if chain > 1 and (submission.site.requeue or submission.executor != "slurm"):
-        raise LaunchError(
-            f"--chain {chain} is for SLURM sites with requeue: false; leave it out: here one job comes back by itself"
-        )
-
-
 def _jobs_before(run: Path) -> tuple[str, ...]:
     return read_submission(run).jobs if submission_path(run).exists() else ()
 
 
-def _forget_requests(submission: Submission) -> None:
-    """What was asked of the jobs before."""
-    tasks = [task_folder(submission.run, task) for task in range(submission.array_tasks or 0)]
-    for run in (submission.run, *tasks):
-        shutil.rmtree(run / FOLDER / "requests", ignore_errors=True)
-
-
-def _active_slurm(submission: Submission) -> str | None:
-    if not submission.jobs or shutil.which("scontrol") is None:
+def _active(submission: Submission) -> str | None:
+    """Who is at work for a submission, if anybody is."""
+    if (process := local_process(submission)) is not None:
+        return f"its process {process.pid} is running on this machine"
+    if shutil.which("scontrol") is None:
         return None
-    for job in slurm.jobs(ids=submission.jobs):
-        # Numbers begin again where a cluster is set up anew, so the script must be ours, too.
-        ours = str(submission.logs) in job.command
-        if ours and not job.has_ended:
-            return f"its job {job.job_id} is {job.state.lower()}"
-    return None
-
-
-def _active_local(submission: Submission) -> str | None:
-    for job in submission.jobs:
-        try:
-            words = psutil.Process(int(job)).cmdline()
-        except (psutil.NoSuchProcess, psutil.AccessDenied, ValueError):
-            continue
-        if str(submission.logs) in words:
-            return f"its process {job} is running on this machine"
-    return None
+    known = own_jobs(submission, job_ids(submission, read_attempts(submission.run)), lambda ids: slurm.jobs(ids=ids))
+    return next((f"its job {job.job_id} is {job.state.lower()}" for job in known if not job.has_ended), None)

@@ -86,7 +86,7 @@ def submit(
         from vitscale_launch.batch import run_here
 
         raise typer.Exit(run_here(submission))
-    _echo_submitted(submission)
+    _echo_submitted(submission, jobs=chain)
 
 
 def array(
@@ -103,6 +103,10 @@ def array(
         int | None, typer.Option(help="CPUs of a task; default: the profile's cpus_per_node.", min=1)
     ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs of a task.", min=0)] = 0,
+    memory_mb: Annotated[
+        int | None,
+        typer.Option(help="Memory of a task, in MiB; default: the profile's, or with --cpus the cluster's.", min=1),
+    ] = None,
     max_failures: MaxFailures = 3,
     dry_run: DryRun = False,
 ) -> None:
@@ -111,8 +115,11 @@ def array(
     from vitscale_launch.submit import submit as send
 
     fewer = [f"gpus_per_node={gpus}", "ranks_per_node=null", "tasks_per_node=node", "health_check=false"]
+    # A profile for training takes whole nodes.
+    fewer += ["exclusive=false"]
     fewer += [] if gpus else ["gpu_type=null"]
-    fewer += [] if cpus is None else [f"cpus_per_node={cpus}"]
+    fewer += [] if cpus is None else [f"cpus_per_node={cpus}", "memory_mb=null"]
+    fewer += [] if memory_mb is None else [f"memory_mb={memory_mb}"]
     prepared = prepare_array(
         command,
         _site(site, [*fewer, *(set_ or [])], needed=True),
@@ -175,10 +182,10 @@ def _echo_script(prepared: Prepared) -> None:
         typer.echo(f"\nvitscale {shlex.join(prepared.submission.command)}")
 
 
-def _echo_submitted(submission: Submission) -> None:
-    """Say what was queued and what to type next."""
+def _echo_submitted(submission: Submission, jobs: int = 1) -> None:
+    """Say what was queued, the newest ``jobs``, and what to type next."""
     run, noun = shlex.quote(str(submission.run)), "process" if submission.executor == "local" else "job"
-    typer.echo(f"{'submitted':<12} {noun} {submission.jobs[-1]}")
+    typer.echo(f"{'submitted':<12} {noun}{'s' if jobs > 1 else ''} {', '.join(submission.jobs[-jobs:])}")
     for word, command in (("watch", "status"), ("read", "logs"), ("stop", "cancel")):
         typer.echo(f"{word:<12} vitscale launch {command} {run}")
     if not submission.site.requeue and submission.executor == "slurm":

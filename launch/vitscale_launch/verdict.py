@@ -35,7 +35,13 @@ class State(Enum):
 
 
 def judge(
-    jobs: Sequence[SlurmJob], attempts: Sequence[Attempt], *, finished: bool, is_alive: bool, asked: bool = True
+    jobs: Sequence[SlurmJob],
+    attempts: Sequence[Attempt],
+    *,
+    finished: bool,
+    is_alive: bool,
+    asked: bool = True,
+    cancelled: bool = False,
 ) -> tuple[State, str]:
     """What a run is doing, and why one thinks so.
 
@@ -45,6 +51,7 @@ def judge(
         finished: whether its last step is committed.
         is_alive: whether its folder tells that it is being trained.
         asked: whether SLURM has answered.
+        cancelled: whether the user has asked for an end.
     """
     active = [job for job in jobs if not job.has_ended]
     at_work = next((job for job in active if not job.is_waiting), None)
@@ -70,11 +77,13 @@ def judge(
         return state, f"job {last.job_id} ended before its first attempt began: {_end_of(last)}"
     if not asked and attempts[-1].followed_by in COMES_BACK:
         return State.WAITING, f"attempt {attempts[-1].number} ended: {attempts[-1].reason}; it went back to the queue"
-    return _ended(attempts[-1], jobs)
+    return _ended(attempts[-1], jobs, cancelled=cancelled)
 
 
-def _ended(last: Attempt, jobs: Sequence[SlurmJob]) -> tuple[State, str]:
+def _ended(last: Attempt, jobs: Sequence[SlurmJob], *, cancelled: bool) -> tuple[State, str]:
     told = f"attempt {last.number} ended: {last.reason}" if last.reason else f"attempt {last.number} has ended"
+    if last.ended_unix_s is None and cancelled:
+        return State.STOPPED, f"attempt {last.number} was cancelled and told of no end, as when it is killed at once"
     if last.ended_unix_s is None:
         of_slurm = f"; SLURM says {_end_of(jobs[-1])}" if jobs else ""
         return State.FAILED, f"attempt {last.number} told of no end, as when its node is lost or it is killed{of_slurm}"

@@ -2,6 +2,7 @@
 
 # Parameters
 #SBATCH --array=0-599%256
+#SBATCH --chdir='/home/me/my project'
 #SBATCH --cpus-per-task=4
 #SBATCH --error=/arrays/shards/launch/logs/%A_%a_0_log.err
 #SBATCH --job-name=vitscale-shards

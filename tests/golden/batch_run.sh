@@ -2,6 +2,7 @@
 
 # Parameters
 #SBATCH --account=vision
+#SBATCH --chdir='/home/me/my project'
 #SBATCH --constraint=nvlink
 #SBATCH --error='/runs/first run/launch/logs/%j_0_log.err'
 #SBATCH --exclude=gpu3,gpu7

@@ -44,11 +44,17 @@ class Lab:
         path.write_text(yaml.safe_dump({**SITE, **changed}))
         return path
 
-    def command(self, *words: object, faults: JobFaults | None = None, timeout_s: float = PATIENCE_S) -> Outcome:
+    def command(
+        self,
+        *words: object,
+        faults: JobFaults | None = None,
+        timeout_s: float = PATIENCE_S,
+        cwd: Path | None = None,
+    ) -> Outcome:
         """Run ``vitscale launch WORDS`` on the cluster's "login node"."""
         env = environment(**self.cluster.environment, **(faults.env if faults else {}))
         command = [sys.executable, "-m", "vitscale", "launch", *map(str, words)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     def submit(

@@ -156,7 +156,7 @@ def test_a_held_out_set_whose_labels_mean_something_else(
         assert_one_message(outcome, OTHER_ERROR, f"{other}: label 0 is 'class 0', but '0' in the training set", "write")
     assert not run.exists()
     outcome = vitscale("fewshot", trained, "--train", digits / "train", "--test", other)
-    assert_one_message(outcome, OTHER_ERROR, f"label 0 is 'class 0', but '0' in the shots of {digits / 'train'}")
+    assert_one_message(outcome, OTHER_ERROR, f"label 0 is 'class 0', but '0' in {digits / 'train'}")
 
 
 def test_a_held_out_set_without_a_readable_image(digits: Path, trained: Path, tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def _start_job(run: Path, **env: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_job_on_this_machine_restarts_by_itself_after_a_kill(digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     _submit_here(run, overrides(digits, run))

@@ -46,7 +46,7 @@ def result(outcome: Outcome) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_they_are_recorded_as_commands_tell_them_and_training_goes_on_as_without_them(
     digits: Path, tmp_path: Path, stage: int
 ) -> None:
@@ -82,6 +82,7 @@ def test_they_are_recorded_as_commands_tell_them_and_training_goes_on_as_without
     assert len(list((run / "features").glob("*.safetensors"))) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_records_each_once_and_a_stop_does_not_wait_for_them(
     digits: Path, tmp_path: Path
 ) -> None:
@@ -129,7 +130,7 @@ def test_sets_that_do_not_fit_are_told_before_training_and_too_small_ones_do_not
     assert "images, but 500 shots are needed" in outcome.out + outcome.errors
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_representations_are_judged_while_masked_patches_are_predicted(
     digits: Path, tmp_path: Path, stage: int
 ) -> None:

@@ -75,7 +75,9 @@ def train(*arguments: str) -> Outcome:
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
-@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(1, "fp32"), pytest.param(2, "bf16", marks=pytest.mark.slow), (3, "bf16")]
+)
 def test_a_run_begins_with_exactly_the_other_runs_weights(
     digits: Path, pre: Path, tmp_path: Path, weights: str, stage: int, precision: str
 ) -> None:
@@ -102,7 +104,7 @@ def test_a_run_begins_with_exactly_the_other_runs_weights(
     assert attempt["initial_weights"]["weights"] == weights
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_fine_tuning_resumes_bit_identically_without_what_it_began_with(
     digits: Path, pre: Path, tmp_path: Path, stage: int
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_fine_tuning_resumes_bit_identically_without_what_it_began_with(
     assert (second["restored_step"], second["initial_weights"]) == (6, None)
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_is_elastic(digits: Path, pre: Path, tmp_path: Path) -> None:
     """Other ranks, stages and micro-batches in the middle of it: the same batches, the same losses but for rounding."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -199,6 +202,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_goes_on_at_another_resolution(digits: Path, tmp_path: Path, family: str) -> None:
     """All tensors arrive, running statistics among them, but for the head and what belongs to the grid."""

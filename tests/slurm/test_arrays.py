@@ -65,6 +65,36 @@ def test_every_task_knows_its_number(lab: Lab) -> None:
     assert [f"part {task} 2 {task} 2" in said for task in range(2)] == [True, True], said
 
 
+@pytest.mark.slow
+def test_an_array_whose_cause_was_mended_goes_on(lab: Lab) -> None:
+    folder, mended, done = lab.folder / "array", lab.folder / "mended", lab.folder / "done"
+    script = f"test {{task}} = 0 -o -e {mended} || exit 3; echo {{task}} >> {done}"
+    words = ["--tasks", 3, "--max-failures", 1, "--site", lab.site(), "--folder", folder, "--", "sh", "-c", script]
+    outcome = lab.command("array", *words)
+    assert outcome.code == 0, outcome.errors
+    assert wait_until(lambda: lab.cluster.jobs() == [], timeout_s=180, every_s=0.2)
+    assert done.read_text() == "0\n"
+    mended.touch()
+    outcome = lab.command("resume", folder)
+    assert outcome.code == 0, outcome.errors
+    assert wait_until(lambda: lab.cluster.jobs() == [], timeout_s=180, every_s=0.2)
+    # What had finished was not done again.
+    assert sorted(done.read_text().split()) == ["0", "1", "2"]
+    last = [read_attempts(folder / "tasks" / f"{task:05}")[-1] for task in range(3)]
+    assert [(attempt.number, attempt.reason) for attempt in last] == [(1, "finished"), (2, "finished"), (2, "finished")]
+
+
+@pytest.mark.slow
+def test_a_command_starts_in_the_folder_that_it_was_submitted_from(lab: Lab) -> None:
+    folder, here = lab.folder / "array", lab.folder / "here and there"
+    here.mkdir()
+    command = ["array", "--tasks", 2, "--site", lab.site(), "--folder", folder, "--", "sh", "-c", "touch {task}"]
+    outcome = lab.command(*command, cwd=here)
+    assert outcome.code == 0, outcome.errors
+    assert wait_until(lambda: lab.cluster.jobs() == [], timeout_s=180, every_s=0.2)
+    assert sorted(path.name for path in here.iterdir()) == ["0", "1"]
+
+
 def _is_task(process: psutil.Process, job: str) -> bool:
     """Whether this is the writer of a task, not the batch script around it."""
     try:

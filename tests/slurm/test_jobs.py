@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,14 @@ def test_scancel_saves_and_nothing_comes_back(lab: Lab) -> None:
     assert shown.code == 0, shown.errors
     assert "cancelled" in shown.out
     assert f"vitscale launch resume {job.run}" in " ".join(shown.out.split())
+
+
+@pytest.mark.slow
+def test_the_ranks_run_in_the_container(lab: Lab) -> None:
+    seen = lab.folder / "seen"
+    # Stands in front of Python as a container's runtime does.
+    script = f'echo "$SLURM_PROCID $*" >> {seen}; exec "$0" "$@"'
+    job = lab.submit(site=lab.site(container=["sh", "-c", script], container_python=sys.executable))
+    job.finish()
+    command = f"-m vitscale train {job.run}/launch/config.yaml"
+    assert sorted(seen.read_text().splitlines()) == [f"{rank} {command}" for rank in range(4)]

@@ -181,6 +181,17 @@ def test_a_chain_of_jobs_does_without_requeue(lab: Lab, undisturbed: Path) -> No
     assert_same_state(job.run, undisturbed)
 
 
+def test_the_next_link_of_a_chain_waits_after_a_crash(lab: Lab) -> None:
+    faults = JobFaults(lab.folder / "faults")
+    faults.add("raise", rank=0, step=5)
+    site = lab.site(requeue=False, backoff_s=25, **ONE_RANK)
+    job = lab.submit(site=site, faults=faults, options=("--chain", "2"))
+    job.wait_until_gone()
+    crashed, finished = job.attempts()
+    assert (crashed.followed_by, finished.reason) == ("next link", "finished"), job.story()
+    assert finished.started_unix_s - (crashed.ended_unix_s or 0) >= 24
+
+
 def test_a_task_for_each_node_starts_the_ranks_of_its_node(lab: Lab) -> None:
     faults = JobFaults(lab.folder / "faults")
     hold = faults.add("hold", rank=3, step=5)

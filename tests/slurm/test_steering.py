@@ -265,8 +265,28 @@ def test_the_tasks_of_an_array_are_watched_and_cancelled(lab: Lab) -> None:
     assert "running: 3 tasks: 2 running, 1 finished" in shown
     assert "part 0" in lab.command("logs", folder, "--rank", "0").out
     assert "there are 3, counted from 0" in refused(job, "logs", folder, "--rank", "3")
+    outcome = lab.command("cancel", folder / "tasks" / "00002")
+    assert outcome.code == 0, outcome.errors
+    assert f"stopped; go on with: vitscale launch resume {folder}\n" in outcome.out
+    assert states() == ["finished", "running", "stopped"]
     outcome = lab.command("cancel", folder)
     assert outcome.code == 0, outcome.errors
     assert job.is_gone()
-    assert states()[0] == "finished"
-    assert not {"running", "waiting"} & set(states())
+    assert states() == ["finished", "stopped", "stopped"]
+
+
+def test_an_array_of_one_task_is_watched_and_cancelled(lab: Lab) -> None:
+    # submitit makes it no array.
+    folder = lab.folder / "a user's array"
+    words = ["--tasks", "1", "--site", lab.site(ranks_per_node=1), "--folder", folder]
+    outcome = lab.command("array", *words, "--", "sh", "-c", "echo hello {task} of {tasks}; exec sleep 300")
+    assert outcome.code == 0, outcome.errors
+    job = Job(lab, folder)
+    assert wait_until(lambda: "hello 0 of 1" in lab.command("logs", folder).out, timeout_s=60, every_s=0.5), job.story()
+    found = status(job)
+    assert (found["state"], [task["state"] for task in found["tasks"]]) == ("running", ["running"])
+    outcome = lab.command("cancel", folder)
+    assert outcome.code == 0, outcome.errors
+    assert f"stopped; go on with: vitscale launch resume '{lab.folder}/a user'\"'\"'s array'" in outcome.out
+    assert job.is_gone()
+    assert status(job)["state"] == "stopped"

@@ -118,15 +118,11 @@ def _look_up(word: str, storage: StorageConfig) -> tuple[Path, ...] | Manifest:
 
 
 def _names_set(word: str) -> bool:
-    if not is_path(word):
-        return True
     # "train[:500]" is a part of a shard set if "train" is one or a part of one; else brackets are a pattern's.
-    larger, part = word, ""
-    while part is not None:
-        if (Path(larger) / INDEX_NAME).is_file():
-            return True
-        larger, part = split_part(larger)
-    return False
+    if not is_path(word) or (Path(word) / INDEX_NAME).is_file():
+        return True
+    larger, part = split_part(word)
+    return part is not None and _names_set(larger)
 
 
 def _files_in(path: Path, *, named: bool = True) -> tuple[Path, ...]:

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint.choices import Weights
-from vitscale.config.schema import EngineConfig
-from vitscale.distributed import connect
-from vitscale.errors import ConfigError, DataError, TopologyError, on_every_rank
+from vitscale.errors import ConfigError, DataError
+from vitscale.evaluation.choices import ModelChoice
 from vitscale.evaluation.image_sources import find_images
+from vitscale.evaluation.names import output_names
+from vitscale.evaluation.one_process import one_process
 from vitscale.evaluation.pretrained import RUN_CONFIG, Pretrained, on_pixels, open_pretrained, read_run_config
+from vitscale.evaluation.progress import progress
 from vitscale.topology import Topology
-from vitscale.weights.choices import ResizeMode
 
 Probabilities = Literal["softmax", "sigmoid"]
 
@@ -53,7 +53,7 @@ class Prediction:
 
 
 def predict_images(
-    location: Path,
+    choice: ModelChoice,
     images: Sequence[str],
     *,
     tell: Callable[[Prediction], None],
@@ -61,77 +61,51 @@ def predict_images(
     probabilities: Probabilities | None,
     class_names: Path | None,
     most_unreadable: int,
-    step: int | None,
-    weights: Weights,
-    model: Path | None,
-    image_size: int | tuple[int, int] | None,
-    resize: ResizeMode | None,
-    overrides: Sequence[str],
     batch_size: int,
     topology: Topology,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    show_progress: bool,
 ) -> None:
     """Classify images, in order; unreadable ones are told after the others of their batch.
 
     Args:
-        location: run folder, or file of weights.
+        choice: of the model.
         images: what :func:`find_images` takes.
         tell: is given every prediction.
         top: classes of each image, all of them if there are fewer.
         probabilities: how logits become probabilities; by default as the run was trained, of a file softmax.
         class_names: text file with a name on each line, where the model does not tell them.
         most_unreadable: images that may be unreadable before the rest is given up.
-        step: see :func:`open_pretrained`, as for the next five.
-        weights: likewise.
-        model: likewise.
-        image_size: likewise.
-        resize: likewise.
-        overrides: likewise.
         batch_size: images per forward pass.
         topology: of this process, which must be the only one.
-        advance: is told images done, and of how many.
+        show_progress: on standard error.
 
     Raises:
         VitscaleError: the model or the images cannot be used.
         DataError: at the end, if there were unreadable images; or once there are more than ``most_unreadable``.
     """
-    if topology.world_size > 1:
-        raise on_every_rank(
-            TopologyError(f"vitscale predict runs in one process, but {topology.world_size} ranks were started")
-        )
-    with connect(topology, timeout_s=EngineConfig().timeout_s) as ranks:
-        pretrained = open_pretrained(
-            location,
-            ranks,
-            step=step,
-            weights=weights,
-            model=model,
-            overrides=overrides,
-            image_size=image_size,
-            resize=resize,
-        )
+    with one_process(topology, "predict") as ranks:
+        pretrained = open_pretrained(choice, ranks)
         if pretrained.config.label_classes is None:
             raise ConfigError(f"model.head {pretrained.config.head} tells no classes; take weights that do")
         names = _names(pretrained, class_names)
-        kind = probabilities or _trained_with(location)
+        kind = probabilities or _trained_with(choice.location)
         sources = find_images(images, pretrained.data.storage)
         logits_of = on_pixels(pretrained.model, ranks)
-        done = 0
         unreadable: list[Prediction] = []
-        for batch in sources.batches(pretrained.data, batch_size=batch_size):
-            with torch.inference_mode():
-                guesses = most_likely(logits_of(batch.images), names, kind, top) if batch.names else []
-            for image, guess in zip(batch.names, guesses, strict=True):
-                tell(Prediction(image, guess))
-            for bad in batch.unreadable:
-                unreadable.append(Prediction(bad.name, error=bad.reason))
-                tell(unreadable[-1])
-                if len(unreadable) > most_unreadable:
-                    raise _unreadable(unreadable, f"more than {most_unreadable} (--most-unreadable); given up")
-            done += len(batch.names) + len(batch.unreadable)
-            advance(done, sources.num_images)
+        with progress("predictions", sources.num_images, shown=show_progress) as advance:
+            for batch in sources.batches(pretrained.data, batch_size=batch_size):
+                with torch.inference_mode():
+                    guesses = most_likely(logits_of(batch.images), names, kind, top) if batch.names else []
+                for image, guess in zip(batch.names, guesses, strict=True):
+                    tell(Prediction(image, guess))
+                for bad in batch.unreadable:
+                    unreadable.append(Prediction(bad.name, error=bad.reason))
+                    tell(unreadable[-1])
+                    if len(unreadable) > most_unreadable:
+                        raise _unreadable(unreadable, f"more than {most_unreadable} (--most-unreadable); given up")
+                advance(len(batch.names) + len(batch.unreadable))
         if unreadable:
-            raise _unreadable(unreadable, f"of {done} images; mend them or leave them out")
+            raise _unreadable(unreadable, f"of {sources.num_images} images; mend them or leave them out")
 
 
 def most_likely(logits: Tensor, names: Sequence[str], kind: Probabilities, top: int) -> Iterator[tuple[Guess, ...]]:
@@ -145,14 +119,14 @@ def most_likely(logits: Tensor, names: Sequence[str], kind: Probabilities, top: 
     """
     logits = logits.double()
     found = logits.softmax(dim=1) if kind == "softmax" else logits.sigmoid()
-    values, labels = found.topk(min(top, len(names)), dim=1)  # [B, C]
+    values, labels = found.topk(min(top, logits.shape[1]), dim=1)  # [B, C]
     for of_image in zip(values.tolist(), labels.tolist(), strict=True):
         yield tuple(Guess(label, names[label], value) for value, label in zip(*of_image, strict=True))
 
 
 def _names(pretrained: Pretrained, file: Path | None) -> Sequence[str]:
     if file is None:
-        return pretrained.classes or [f"class {label}" for label in range(pretrained.num_classes)]
+        return output_names(pretrained.classes, pretrained.num_classes)
     try:
         names = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

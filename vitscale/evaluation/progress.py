@@ -48,6 +48,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    # Results go where standard output goes, and not through the bar's console, which is standard error.
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False, transient=True) as bars:
         task = bars.add_task(what, total=total)
         yield lambda count: bars.update(task, advance=count)

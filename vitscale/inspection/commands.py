@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitscale.checkpoint.choices import Weights
-from vitscale.config.schema import EngineConfig
 from vitscale.data.loader import value_range
-from vitscale.distributed import connect
 from vitscale.durable import published
-from vitscale.errors import ConfigError, DataError, TopologyError, on_every_rank
+from vitscale.errors import ConfigError, DataError
+from vitscale.evaluation.choices import ModelChoice, Reading
 from vitscale.evaluation.image_sources import ImageSources, find_images
+from vitscale.evaluation.one_process import one_process
 from vitscale.evaluation.pretrained import Pretrained, open_pretrained
+from vitscale.evaluation.progress import progress
+from vitscale.evaluation.unreadable import check_readable
 from vitscale.inspection import pictures
 from vitscale.inspection.attention import AttentionWatch, ImageBatch
 from vitscale.inspection.embeddings import filter_components, position_similarities
@@ -24,7 +26,6 @@ from vitscale.inspection.watch import Transformer
 from vitscale.models.t2t import T2tVit
 from vitscale.models.vit import VisionTransformer
 from vitscale.topology import Topology
-from vitscale.weights.choices import ResizeMode
 
 FOLDER = "inspection"
 """In a run folder, where nothing else is said."""
@@ -37,85 +38,58 @@ class Inspected:
     folder: Path
     files: list[Path] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    images: int = 0
+    """That were looked at, unreadable ones included."""
     unreadable: list[str] = field(default_factory=list)
 
 
 def inspect_model(
-    location: Path,
+    choice: ModelChoice,
     images: Sequence[str],
     *,
     out: Path | None,
     num_images: int,
     overlays: int,
-    step: int | None,
-    weights: Weights,
-    model: Path | None,
-    image_size: int | tuple[int, int] | None,
-    resize: ResizeMode | None,
-    overrides: Sequence[str],
-    batch_size: int,
+    reading: Reading,
     topology: Topology,
-    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Inspected:
     """Draw embedding filters, position similarities, attention distances and attention rollouts.
 
     Args:
-        location: run folder, or file of weights.
+        choice: of the model.
         images: what :func:`find_images` takes; by default the held-out set of the run.
         out: folder to write; by default one in the run folder, named by the step.
         num_images: that attention distances are averaged over, spread evenly over ``images``.
         overlays: images that a rollout is drawn of, evenly spread over the others.
-        step: see :func:`open_pretrained`, as for the next five.
-        weights: likewise.
-        model: likewise.
-        image_size: likewise.
-        resize: likewise.
-        overrides: likewise.
-        batch_size: images per forward pass.
+        reading: how images are gone through.
         topology: of this process, which must be the only one.
-        advance: is told images done, and of how many.
 
     Raises:
-        VitscaleError: the model is no transformer, or it, the images or the folder cannot be used.
+        VitscaleError: the model is no transformer, or it, the images or the folder cannot be used, or too many images.
     """
-    if topology.world_size > 1:
-        raise on_every_rank(
-            TopologyError(f"vitscale inspect runs in one process, but {topology.world_size} ranks were started")
-        )
-    with connect(topology, timeout_s=EngineConfig().timeout_s) as ranks:
-        pretrained = open_pretrained(
-            location,
-            ranks,
-            step=step,
-            weights=weights,
-            model=model,
-            overrides=overrides,
-            image_size=image_size,
-            resize=resize,
-        )
+    with one_process(topology, "inspect") as ranks:
+        pretrained = open_pretrained(choice, ranks)
         network = _transformer(pretrained)
         # What cannot be used is told before anything is computed.
         sources = _images(images, pretrained)
-        inspected = Inspected(_folder(location, out, pretrained))
+        inspected = Inspected(_folder(choice.location, out, pretrained))
         _draw_weights(network, pretrained, inspected)
         if sources is None:
             inspected.left_out.append(
                 "attention distance and rollout: there are no images; name some, or a shard set (the run has no "
                 "data.eval)"
             )
-        else:
-            total = min(num_images, sources.num_images)
-            watch = AttentionWatch(network, overlays=overlays, images=total)
-            done = 0
-            for batch in sources.batches(pretrained.data, batch_size=batch_size, at_most=num_images):
-                done += len(batch.names) + len(batch.unreadable)
-                inspected.unreadable += [f"{bad.name}: {bad.reason}" for bad in batch.unreadable]
+            return inspected
+        inspected.images = min(num_images, sources.num_images)
+        watch = AttentionWatch(network, overlays=overlays, images=inspected.images)
+        with progress("attention", inspected.images) as advance:
+            for batch in sources.batches(pretrained.data, batch_size=reading.batch_size, at_most=num_images):
+                inspected.unreadable += [f"{bad.name} ({bad.reason})" for bad in batch.unreadable]
                 if batch.names:
                     watch.add(ImageBatch(batch.names, batch.images), value_range(batch.images.to(ranks.device)))
-                advance(done, total)
-            if len(inspected.unreadable) == done:
-                raise DataError(f"none of {done} images can be read, the first being {inspected.unreadable[0]}")
-            _draw_attention(watch, pretrained, inspected, overlays=overlays)
+                advance(len(batch.names) + len(batch.unreadable))
+        check_readable("attention", inspected.images, inspected.unreadable, at_most=reading.max_unreadable)
+        _draw_attention(watch, pretrained, inspected, overlays=overlays)
     return inspected
 
 

@@ -36,6 +36,7 @@ from vitscale.weights.told import ARITHMETIC, told_model
 _HEAD, _HIDDEN = "head.weight", "pre_logits.fc.weight"
 _HEADS = {"new": HeadMode.ZERO, "keep": HeadMode.KEEP}
 
+
 @dataclass(frozen=True)
 class _Initial:
     """Weights to begin with."""

@@ -44,6 +44,7 @@ RUN = Submission(
     ),
     python="/venv/bin/python",
     submitted_unix_s=0,
+    cwd=Path("/home/me/my project"),
 )
 ARRAY = replace(
     RUN,

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import wait_until
-from tests.unit.launch.test_status import NOW, attempt, submitted
+from tests.unit.launch.test_status import NOW, attempt, job, submitted
 from vitscale.errors import LaunchError
 from vitscale_launch.attempts import write_attempt
-from vitscale_launch.cancel import cancel_run, request_path
+from vitscale_launch.cancel import _key, cancel_run
+from vitscale_launch.requests import cancel_path
 from vitscale_launch.resume import resume_run
 
 # Ends 0.5 s after SIGTERM, with its folder of logs among its arguments, as the process of a local submission.
@@ -53,7 +54,7 @@ def test_what_was_never_submitted_or_has_ended(run: Path) -> None:
         cancel(run)
     with pytest.raises(LaunchError, match=r"is finished \(all steps are done\); there is nothing to resume"):
         resume_run(run)
-    assert not request_path(run).exists()
+    assert not cancel_path(run).exists()
 
 
 def test_nothing_is_done_where_slurm_cannot_be_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +64,7 @@ def test_nothing_is_done_where_slurm_cannot_be_asked(run: Path, monkeypatch: pyt
         cancel(run)
     with pytest.raises(LaunchError, match=r"was not submitted, for it may be in the queue: .*scontrol was not found"):
         resume_run(run)
-    assert not request_path(run).exists()
+    assert not cancel_path(run).exists()
 
 
 def test_a_task_is_resumed_with_its_array(tmp_path: Path) -> None:
@@ -71,6 +72,18 @@ def test_a_task_is_resumed_with_its_array(tmp_path: Path) -> None:
     submitted(task, array_tasks=5, array_task=3)
     with pytest.raises(LaunchError, match=r"resume the array: vitscale launch resume .*/array$"):
         resume_run(task)
+
+
+@pytest.mark.parametrize(
+    ("job_id", "array_task", "of_array", "of_task_3"),
+    [("17", None, "17", "17"), ("21", "3", "17_3", "17_3"), ("17", "3-9%2", "17", "17_3")],
+)
+def test_what_scancel_takes(tmp_path: Path, job_id: str, array_task: str | None, of_array: str, of_task_3: str) -> None:
+    array = None if array_task is None else "17"
+    found = job(submitted(tmp_path), job_id=job_id, array_job=array, array_task=array_task)
+    assert _key(found, None) == of_array
+    # One task among those that wait together must not take the others with it.
+    assert _key(found, 3) == of_task_3
 
 
 @pytest.fixture
@@ -96,7 +109,7 @@ def test_a_local_process_is_asked_and_waited_for(run: Path, process: subprocess.
         f"process {process.pid}: asked to stop after a commit",
         f"stopped; nothing is committed; begin again with: vitscale launch resume {run}",
     ]
-    assert json.loads(request_path(run).read_text())["unix_s"] >= NOW
+    assert json.loads(cancel_path(run).read_text())["unix_s"] >= NOW
 
 
 def test_a_process_that_does_not_end_is_told(run: Path, process: subprocess.Popen[bytes]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from vitscale.errors import LaunchError
-from vitscale_launch.capacity import check_capacity, gpus_of
+from vitscale_launch.capacity import check_capacity, expand, gpus_of, usable_nodes
 from vitscale_launch.site import Site
 from vitscale_launch.slurm import SlurmNode, SlurmPartition
 
@@ -97,7 +97,8 @@ def test_what_fits(site: Site, nodes: int, partition: str) -> None:
         (GPU, 3, r"gpus_per_node \(8\): only 2 of the 3 nodes of partition gpu .* largest having 8, and 3 are needed"),
         (GPU, 4, "--nodes: 4 is more than partition gpu has; at most 3"),
         (replace(GPU, exclude=("gpu1",)), 2, r"only 1 of the 2 nodes"),
-        (replace(GPU, gpu_type="v100"), 1, r"gpus_per_node \(8 v100\): only 0"),
+        (replace(GPU, exclude=("gpu[1-2]",)), 2, "at most 1"),
+        (replace(GPU, gpu_type="v100"), 1, r"gpus_per_node of type v100 \(8\): only 0"),
         (replace(GPU, gpus_per_node=4, cpus_per_node=100), 1, r"cpus_per_node \(100\): only 0"),
         (replace(GPU, memory_mb=600_000), 1, r"memory_mb \(600000\): only 0"),
         (replace(GPU, constraint="nvlinc"), 1, "constraint: 0 of the 3 .* their features: ib, nvlink"),
@@ -109,6 +110,37 @@ def test_what_fits(site: Site, nodes: int, partition: str) -> None:
 def test_what_does_not(site: Site, nodes: int, message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         check_capacity(site, nodes, PARTITIONS, NODES)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", []),
+        ("gpu1", ["gpu1"]),
+        ("gpu[08-10]", ["gpu08", "gpu09", "gpu10"]),
+        ("a[1,3-4]-ib,b", ["a1-ib", "a3-ib", "a4-ib", "b"]),
+        ("r[1-2]n[01-02]", ["r1n01", "r1n02", "r2n01", "r2n02"]),
+    ],
+)
+def test_compact_lists_of_nodes(text: str, names: list[str]) -> None:
+    assert list(expand(text)) == names
+
+
+@pytest.mark.parametrize(
+    ("site", "count"),
+    [
+        (GPU, 1),  # gpu2 is down, gpu3 too small
+        (replace(GPU, gpus_per_node=4), 2),
+        (replace(GPU, gpus_per_node=4, gpu_type="a100"), 1),
+        (replace(GPU, gpus_per_node=4, constraint="nvlink"), 1),
+        (replace(GPU, gpus_per_node=4, exclude=("gpu[2-3]",)), 1),
+        (Site(cpus_per_node=1), 1),
+        (Site(cpus_per_node=1, partition="cpu,gpu"), 2),
+        (Site(cpus_per_node=1, partition="closed"), 0),
+    ],
+)
+def test_nodes_that_a_run_could_use(site: Site, count: int) -> None:
+    assert usable_nodes(site, PARTITIONS, NODES) == count
 
 
 def test_a_cluster_without_a_default_partition() -> None:

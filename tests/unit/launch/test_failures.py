@@ -105,3 +105,13 @@ def test_torn_reports_tell_nothing(tmp_path: Path) -> None:
     (tmp_path / "rank-00005.json").write_text("[]")
     assert read_errors(tmp_path) == [RankError(3, "a", "K", "m", 1, 1.5)]
     assert read_errors(tmp_path / "missing") == []
+
+
+def test_exit_code_2_of_a_foreign_command_is_an_error_like_any_other() -> None:
+    said = "srun: error: node1: task 0: Exited with exit code 2\n"
+    assert explain(2, [], said).cause is Cause.CONFIGURATION
+    for text in (said, ""):
+        assert explain(2, [], text, is_own=False).cause is Cause.ERROR
+    # This project's own words for a command that cannot be started.
+    own = error("LaunchError", "nosuch cannot be started", exit_code=2)
+    assert explain(2, [own], said, is_own=False).cause is Cause.CONFIGURATION

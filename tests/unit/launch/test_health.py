@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from tests.helpers.runs import environment
 from vitscale.errors import LaunchError
-from vitscale_launch.health import DONE, GPU_QUERY, NodeReport, gpu_problems, judge, run_check
+from vitscale_launch.health import (
+    DONE,
+    GPU_QUERY,
+    CheckInterrupted,
+    NodeReport,
+    gpu_problems,
+    judge,
+    report_path,
+    run_check,
+)
 from vitscale_launch.health_node import partners
 
 GOOD = NodeReport(
@@ -111,3 +120,28 @@ def test_silent_nodes_are_given_up_in_time(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("vitscale_launch.health.START_S", 0.3)
     bad = run_check(["sleep", "60"], ["a", "b"], tmp_path, 0.1, environment())
     assert bad == dict.fromkeys("ab", "no answer within the time")
+
+
+def _end_within(tmp_path: Path, stages: dict[str, str], ending: str) -> dict[str, str]:
+    """A check whose nodes have come that far when its command ends like that."""
+    lines = [
+        f'echo \'{{"node": "{node}", "stage": "{stage}"}}\' > {report_path(tmp_path, node)}'
+        for node, stage in stages.items()
+    ]
+    return run_check(["sh", "-c", "; ".join([*lines, ending])], ["a", "b"], tmp_path, 30, environment())
+
+
+@pytest.mark.parametrize("ending", ["exit 143", "exit 140", "kill -TERM $$"])
+def test_a_check_that_is_ended_from_outside_blames_nobody(tmp_path: Path, ending: str) -> None:
+    with pytest.raises(CheckInterrupted, match="ended from outside"):
+        _end_within(tmp_path, {"a": "health_command", "b": "health_command"}, ending)
+
+
+def test_a_check_that_fails_by_itself_blames_its_node(tmp_path: Path) -> None:
+    assert set(_end_within(tmp_path, {"a": DONE, "b": "matrix product"}, "exit 143")) == {"b"}
+    assert set(_end_within(tmp_path, {"a": "files", "b": "files"}, "exit 139")) == {"a", "b"}
+
+
+def test_a_check_that_no_node_was_free_for_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"no check was started, .* 3 nodes may not be free"):
+        run_check(["sh", "-c", "exit 1"], [], tmp_path, 30, environment(), unnamed=3)

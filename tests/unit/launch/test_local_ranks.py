@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.helpers.runs import environment, wait_until
-from vitscale.errors import LaunchError
+from vitscale.errors import ConfigError
 from vitscale_launch import local_ranks
 from vitscale_launch.environment import ERRORS, rank_environment
 from vitscale_launch.local_ranks import STOP_SIGNALS, run_ranks
@@ -96,7 +96,7 @@ def test_the_mask_of_the_caller_is_as_before(tmp_path: Path) -> None:
 
 
 def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="/nowhere/python cannot be started on"):
+    with pytest.raises(ConfigError, match="/nowhere/python cannot be started on"):
         run_ranks(["/nowhere/python"], environments(tmp_path, 2))
 
 

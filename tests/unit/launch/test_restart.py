@@ -122,16 +122,16 @@ def test_a_node_is_left_out_when_ranks_are_killed_there_twice_in_a_row() -> None
 
 def test_nodes_that_cannot_be_spared_are_kept() -> None:
     failure = Failure(Cause.HARDWARE, "ECC", ("b",))
-    assert after(failure, policy=dataclasses.replace(POLICY, spare_nodes=0)).exclude == ()
-    assert after(failure, policy=dataclasses.replace(POLICY, spare_nodes=1)).exclude == ("b",)
+    assert after(failure, policy=dataclasses.replace(POLICY, spare_nodes=lambda: 0)).exclude == ()
+    assert after(failure, policy=dataclasses.replace(POLICY, spare_nodes=lambda: 1)).exclude == ("b",)
 
 
 def test_an_unhealthy_node_is_left_out_or_the_run_stops() -> None:
     failure = Failure(Cause.UNHEALTHY, "b: slow", ("b",))
-    decision = after(failure, policy=dataclasses.replace(POLICY, spare_nodes=1))
+    decision = after(failure, policy=dataclasses.replace(POLICY, spare_nodes=lambda: 1))
     assert (decision.action, decision.exclude, decision.delay_s) == (Action.REQUEUE, ("b",), 0)
     assert decision.reason == "unhealthy: b: slow"
-    decision = after(failure, policy=dataclasses.replace(POLICY, spare_nodes=0))
+    decision = after(failure, policy=dataclasses.replace(POLICY, spare_nodes=lambda: 0))
     assert decision.action is Action.STOP
     assert "too few nodes are left" in decision.because
 
@@ -150,6 +150,59 @@ def test_where_jobs_may_not_be_requeued_the_next_link_goes_on() -> None:
     assert after(Failure(Cause.MEMORY, "it"), policy=policy).action is Action.STOP
 
 
+def test_the_next_link_waits_and_leaves_out_as_a_requeued_job_would() -> None:
+    chain = dataclasses.replace(POLICY, requeue=False)
+    failure = Failure(Cause.HARDWARE, "ECC (rank 1 on b)", ("b",))
+    same, other = after(failure), after(failure, policy=chain)
+    assert (other.delay_s, other.exclude) == (same.delay_s, same.exclude) == (60, ("b",))
+    last = after(failure, policy=dataclasses.replace(chain, next_link=False))
+    assert "no later job of a chain is known" in last.because
+    assert "the next job of the chain goes on" not in last.because
+
+
+def test_nobody_counts_nodes_where_none_is_left_out() -> None:
+    def ask() -> int:
+        pytest.fail("the controller was asked")
+
+    policy = dataclasses.replace(POLICY, spare_nodes=ask)
+    for failure in (CRASH, Failure(Cause.FINISHED, ""), Failure(Cause.STOPPED, "", signal="SIGTERM")):
+        after(failure, policy=policy)
+
+
+def test_nodes_that_all_fail_their_check_are_not_to_blame() -> None:
+    failure = Failure(Cause.UNHEALTHY, "a: no disk; b: no disk")
+    decision = after(failure, [crashed(1, excluded=("c",))])
+    assert (decision.action, decision.exclude, decision.delay_s) == (Action.REQUEUE, ("c",), 60)
+    earlier = [dataclasses.replace(BLANK, number=n, reason="unhealthy: a: no disk") for n in (1, 2)]
+    assert after(failure, earlier[:1]).delay_s == 120
+    decision = after(failure, earlier)
+    assert decision.action is Action.STOP
+    assert "mend what they share" in decision.because
+
+
+ARRAY = dataclasses.replace(POLICY, leaves_checkpoints=False)
+
+
+def test_a_command_without_checkpoints_may_be_preempted_and_need_several_allocations() -> None:
+    preempted = [dataclasses.replace(BLANK, number=n, reason="preempted") for n in range(1, 60)]
+    assert after(Failure(Cause.STOPPED, ""), preempted, policy=ARRAY).action is Action.REQUEUE
+    limited = [dataclasses.replace(BLANK, number=n, reason="time limit") for n in range(1, MAX_FRUITLESS)]
+    asked = Failure(Cause.STOPPED, "", signal="SIGUSR2")
+    assert after(asked, [*limited[:-1], *preempted], policy=ARRAY).action is Action.REQUEUE
+    decision = after(asked, limited, policy=ARRAY)
+    assert decision.action is Action.STOP
+    assert "20 attempts were not enough" in decision.because
+
+
+def test_a_command_without_checkpoints_is_given_up_when_it_keeps_failing() -> None:
+    limit = dataclasses.replace(BLANK, number=3, reason="time limit")
+    decision = after(CRASH, [crashed(1, "one"), crashed(2, "two"), limit], policy=ARRAY)
+    assert (decision.action, decision.because) == (Action.STOP, "3 attempts failed; mend the cause, then resume")
+    current = dataclasses.replace(BLANK, number=9, error=CRASH.signature)
+    again = decide(CRASH, current, [crashed(1, CRASH.signature, None)], ARRAY)
+    assert (again.action, again.because) == (Action.STOP, "the same error came twice: mend its cause, then resume")
+
+
 failures = st.builds(
     Failure,
     st.sampled_from([cause for cause in Cause if cause is not Cause.FINISHED]),
@@ -157,7 +210,8 @@ failures = st.builds(
     st.sampled_from([(), ("a",), ("b",), ("a", "b")]),
     st.sampled_from([None, "SIGTERM", "SIGUSR2"]),
 )
-policies = st.builds(Policy, st.integers(1, 30), st.booleans(), st.integers(1, 300), st.none() | st.integers(-1, 3))
+spares = (st.none() | st.integers(-1, 3)).map(lambda number: lambda: number)
+policies = st.builds(Policy, st.integers(1, 30), st.booleans(), st.integers(1, 300), spares)
 
 
 @settings(deadline=None, max_examples=300)
@@ -177,12 +231,11 @@ def test_no_history_without_progress_goes_on_for_ever(ends: list[tuple[Failure, 
         if decision.action is Action.STOP:
             return
         assert decision.action is (Action.REQUEUE if policy.requeue else Action.NEXT_LINK)
-        if decision.action is Action.REQUEUE:
-            # What was left out once stays out, and never more than can be spared.
-            assert set(excluded) <= set(decision.exclude) or not decision.exclude
-            if policy.spare_nodes is not None and set(decision.exclude) - set(excluded):
-                assert len(decision.exclude) <= policy.spare_nodes
+        # What was left out once stays out, and never more than can be spared.
+        assert set(excluded) <= set(decision.exclude) or not decision.exclude
+        if (spare := policy.spare_nodes()) is not None and set(decision.exclude) - set(excluded):
+            assert len(decision.exclude) <= spare
         excluded = decision.exclude or excluded
         attempts.append(dataclasses.replace(current, reason=decision.reason, excluded=excluded))
-        assert len(fruitless(attempts)) == number < MAX_FRUITLESS
+        assert len(fruitless(attempts, policy)) == number < MAX_FRUITLESS
     pytest.fail("it went on")

@@ -47,6 +47,9 @@ def test_a_controller_that_is_gone(scripts: Scripts) -> None:
     scripts(scontrol="echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1")
     with pytest.raises(LaunchError, match=r"failed: .*connect failure\); look at `scontrol ping`"):
         slurm.job("7")
+    scripts(scontrol="echo 'scontrol: fatal: Unable to process configuration file' >&2; exit 1")
+    with pytest.raises(LaunchError, match=r"configuration file; look at `scontrol ping`, at SLURM_CONF"):
+        slurm.job("7")
     # A machine that belongs to no cluster.
     scripts(scontrol="printf 'scontrol: error: tried DNS\\nscontrol: fatal: no configuration source\\n' >&2; exit 1")
     with pytest.raises(LaunchError, match=r"failed: scontrol: fatal: no configuration source; look at `scontrol ping`"):
@@ -59,10 +62,24 @@ def test_a_job_that_slurm_has_forgotten(scripts: Scripts) -> None:
         scancel="echo 'scancel: error: Kill job error on job id 7: Invalid job id specified' >&2; exit 1",
     )
     assert slurm.job("7") is None
-    assert slurm.jobs(ids=["7", "7_3"]) == []
+    assert slurm.jobs(ids=["7"]) == []
     slurm.cancel("7")
     with pytest.raises(LaunchError, match="Invalid job id"):
         slurm.requeue("7")
+
+
+def test_slurm_is_asked_once_for_many_jobs(scripts: Scripts, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    known = ("JobId=7", "JobId=8 ArrayJobId=5 ArrayTaskId=2", "JobId=9", "JobId=5 ArrayJobId=5 ArrayTaskId=3-4%1")
+    lines = "".join(f"echo '{line} JobState=RUNNING'; echo; " for line in known)
+    scripts(scontrol=f'echo "$@" >> {said}; {lines}')
+    assert [job.job_id for job in slurm.jobs(ids=["7", "6", "5"])] == ["7", "8", "5"]
+    assert [job.job_id for job in slurm.jobs(ids=["7", "5_2"])] == ["7", "8"]
+    assert said.read_text().splitlines() == ["--all show job"] * 2
+    slurm.jobs(ids=["7"])
+    assert said.read_text().splitlines()[2:] == ["--all show job 7"]
+    assert slurm.jobs(ids=[]) == []
+    assert len(said.read_text().splitlines()) == 3
 
 
 def test_a_job_that_was_requeued_already(scripts: Scripts) -> None:

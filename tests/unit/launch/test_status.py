@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from vitscale_launch import cli
 from vitscale_launch.attempts import Attempt, errors_folder, write_attempt
 from vitscale_launch.listing import find_runs, read_all
 from vitscale_launch.logs import follow_logs, show_logs
+from vitscale_launch.requests import request_cancel
 from vitscale_launch.site import Site
 from vitscale_launch.slurm import SlurmJob
-from vitscale_launch.status import has_task, read_status
+from vitscale_launch.status import read_status
 from vitscale_launch.submission import Submission, task_folder, write_submission
 from vitscale_launch.verdict import State
 
@@ -71,7 +74,7 @@ def job(submission: Submission, state: str = "RUNNING", **changed: Any) -> Slurm
 
 
 def answer(*jobs: SlurmJob) -> Any:
-    return lambda ids: [found for found in jobs if {found.job_id, found.array_job} & set(ids)]
+    return lambda ids: [found for found in jobs if found.numbers & set(ids)]
 
 
 def out_of_reach(_: Sequence[str]) -> list[SlurmJob]:
@@ -131,7 +134,7 @@ def test_a_longer_run_that_was_submitted_again_is_not_finished(run: Path) -> Non
     write_attempt(run, attempt(1, ended_unix_s=NOW - 50, exit_code=0, reason="finished", ended_step=100))
     trained(run, 100)
     assert read_status(run, answer()).state is State.FINISHED
-    submission = submitted(run, submitted_unix_s=NOW, jobs=("17", "18"))
+    submission = submitted(run, submitted_unix_s=NOW, jobs=("17", "18"), first_attempt=2)
     waits = job(submission, "PENDING", job_id="18", reason="Priority")
     assert read_status(run, answer(job(submission, "COMPLETED"), waits)).state is State.WAITING
 
@@ -188,11 +191,128 @@ def test_an_array_is_the_sum_of_its_tasks(run: Path) -> None:
     assert json.loads(json.dumps(found.to_json()))["tasks"][1]["attempts"][0]["exit_code"] == 3
 
 
-@pytest.mark.parametrize(
-    ("tasks", "numbers"), [("3", {3}), ("1-3%1", {1, 2, 3}), ("0,4-5", {0, 4, 5}), ("1,3-4%7", {1, 3, 4})]
-)
-def test_lists_of_tasks(tasks: str, numbers: set[int]) -> None:
-    assert {number for number in range(10) if has_task(tasks, number)} == numbers
+def test_an_array_of_one_task(run: Path) -> None:
+    # submitit makes it no array.
+    array = submitted(run, array_tasks=1, nodes_min=1, nodes_max=1, ranks_per_node=1)
+    task = submitted(task_folder(run, 0), array_tasks=1, array_task=0, jobs=())
+    write_attempt(task.run, attempt(1))
+    write_log(array, "17_0_log.out", "hello\n")
+    for folder in (run, task.run):
+        found = read_status(folder, answer(job(array)))
+        assert (found.state, found.notes) == (State.RUNNING, ())
+        said: list[str] = []
+        show_logs(folder, rank=None, attempt=None, lines=0, write=said.append)
+        assert said == [f"==> {array.logs}/17_0_log.out <==\nhello\n"]
+
+
+def test_a_task_that_was_submitted_anew_is_not_finished(run: Path) -> None:
+    array = submitted(run, array_tasks=2)
+    for number, first in ((0, 1), (1, 2)):
+        task = submitted(task_folder(run, number), array_tasks=2, array_task=number, jobs=(), first_attempt=first)
+        write_attempt(task.run, attempt(1, ended_unix_s=NOW, exit_code=0, reason="finished"))
+    waits = job(array, "PENDING", array_job="17", array_task="0-1", reason="Priority", node_list="")
+    found = read_status(run, answer(waits))
+    assert [task.state for task in found.tasks] == [State.FINISHED, State.WAITING]
+
+
+def test_a_task_is_not_judged_by_others(run: Path) -> None:
+    array = submitted(run, array_tasks=3)
+    for number in range(3):
+        submitted(task_folder(run, number), array_tasks=3, array_task=number, jobs=())
+    runs = job(array, job_id="20", array_job="17", array_task="2")
+    write_attempt(task_folder(run, 0), attempt(1, ended_unix_s=NOW, exit_code=0, reason="finished"))
+    assert read_status(task_folder(run, 0), answer(runs)).state is State.FINISHED
+    assert read_status(task_folder(run, 2), answer(runs)).state is State.RUNNING
+
+
+def test_a_run_that_was_killed_on_request_is_stopped(run: Path) -> None:
+    submitted(run)
+    write_attempt(run, attempt(1))
+    assert read_status(run, answer()).state is State.FAILED
+    request_cancel(run)
+    found = read_status(run, answer())
+    assert found.state is State.STOPPED
+    assert found.why == "attempt 1 was cancelled and told of no end, as when it is killed at once"
+
+
+def test_only_what_may_be_at_work_is_asked_for(run: Path) -> None:
+    submission = submitted(run, jobs=("15", "16", "17", "18"))
+    write_attempt(run, attempt(1))
+    asked: list[Sequence[str]] = []
+
+    def ask(ids: Sequence[str]) -> list[SlurmJob]:
+        asked.append(ids)
+        return [job(submission)]
+
+    read_status(run, ask)
+    assert asked == [("17", "18")]
+
+
+def test_hints_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    run = tmp_path / "a user's runs" / "one"
+    submitted(run, jobs=())
+    write_attempt(run, attempt(1, ended_unix_s=NOW, exit_code=1, reason="crashed: x", followed_by="stop"))
+    shown = CliRunner().invoke(cli.app, ["status", str(run)]).output
+    hints = [line.removeprefix("next").strip() for line in shown.splitlines() if line.startswith("next")]
+    assert [shlex.split(hint) for hint in hints] == [
+        ["vitscale", "launch", act, str(run)] for act in ("logs", "resume")
+    ]
+    assert "0 -> 0" in shown
+
+
+@pytest.mark.parametrize("text", ["{", '{"attempt": 1}', "[]", '"x"', "\xff"])
+def test_torn_records_of_a_run_that_was_started_by_hand(tmp_path: Path, text: str) -> None:
+    for name in ("torn", "whole"):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text("")
+        trained(run, 40)
+    (tmp_path / "torn" / "attempts.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(LaunchError, match=r"attempts.jsonl: is no list of attempts .*; move it aside"):
+        read_status(tmp_path / "torn", out_of_reach)
+    found, notes = read_all(list(find_runs(tmp_path)))
+    assert [status.run.name for status in found] == ["whole"]
+    assert [note for note in notes if "torn/attempts.jsonl" in note]
+
+
+def test_a_file_that_cannot_be_read_spares_other_runs(tmp_path: Path) -> None:
+    for name in ("bad", "good"):
+        submitted(tmp_path / name, jobs=())
+        trained(tmp_path / name, 40)
+    (tmp_path / "bad" / "metrics.jsonl").unlink()
+    (tmp_path / "bad" / "metrics.jsonl").mkdir()
+    found, notes = read_all(list(find_runs(tmp_path)))
+    assert [status.run.name for status in found] == ["good"]
+    assert notes == [f"{tmp_path}/bad/metrics.jsonl: cannot be read: Is a directory; ask the owner of the run"]
+
+
+@pytest.fixture
+def not_root() -> Iterator[Path]:
+    """A folder in which access bits count for this process, whoever it belongs to."""
+    with tempfile.TemporaryDirectory() as folder:
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if is_root:
+                os.seteuid(0)
+
+
+def test_folders_of_others(not_root: Path) -> None:
+    for name in ("mine", "no search", "no listing"):
+        submitted(not_root / name, jobs=())
+    (not_root / "no search").chmod(0o644)
+    (not_root / "no listing").chmod(0o000)
+    found, notes = read_all(list(find_runs(not_root)))
+    (not_root / "no search").chmod(0o755)
+    (not_root / "no listing").chmod(0o755)
+    assert [status.run.name for status in found] == ["mine"]
+    told = [f"{not_root}/{name}/launch/submission.json: cannot be read: " for name in ("no listing", "no search")]
+    assert sorted(note.partition("Permission")[0] for note in notes) == told
 
 
 def test_runs_below_a_folder(tmp_path: Path) -> None:

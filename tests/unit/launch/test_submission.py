@@ -81,3 +81,11 @@ def test_a_file_that_was_cut(submission: Submission) -> None:
     path.write_text(path.read_text()[:50])
     with pytest.raises(LaunchError, match="is no description of a submission"):
         read_submission(submission.run)
+
+
+def test_a_folder_that_holds_a_secret_is_closed_to_others(submission: Submission) -> None:
+    write_submission(submission)
+    before = submission.folder.stat().st_mode
+    assert before & 0o077
+    write_submission(dataclasses.replace(submission, site=Site(environment={"HF_TOKEN": "x"})))
+    assert submission.folder.stat().st_mode & 0o777 == 0o700

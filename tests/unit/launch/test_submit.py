@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +12,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from vitscale.checkpoint.format import FileRecord, manifest_text, rank_file
 from vitscale.config.loader import load_config
 from vitscale.durable import Lock
 from vitscale.errors import ConfigError, DataError, LaunchError, TopologyError, VitscaleError
+from vitscale_launch.attempts import Attempt, write_attempt
 from vitscale_launch.batch import batch_text
 from vitscale_launch.cli import app
+from vitscale_launch.queueing import queue
+from vitscale_launch.requests import cancel_requested, request_cancel
 from vitscale_launch.site import Site
+from vitscale_launch.snapshot import freeze_config
 from vitscale_launch.submission import Submission, read_submission, task_folder, write_submission
-from vitscale_launch.submit import prepare_array, prepare_run, queue, refuse_if_active, resubmit, submit
-from vitscale_launch.submit_cli import parse_nodes
+from vitscale_launch.submit import check_again, prepare_array, prepare_run, refuse_if_active, submit
+from vitscale_launch.submit_cli import _echo_submitted, parse_nodes
 
 TWO = Site(ranks_per_node=2, cpus_per_node=4)
 
@@ -32,6 +39,10 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def _run(config: Path, *changes: str, nodes: tuple[int, int] = (1, 1), site: Site = TWO) -> Submission:
     return prepare_run(config, changes, site, nodes=nodes, dry=True).submission
+
+
+def _attempt(**end: str) -> Attempt:
+    return Attempt(1, "17", 0, "n1", 1, started_unix_s=0, started_step=None, ended_unix_s=1, reason="x", **end)
 
 
 def _rows(config: Path, *changes: str, nodes: tuple[int, int] = (1, 1), site: Site = TWO) -> dict[str, str]:
@@ -49,7 +60,15 @@ def test_the_plan_of_a_fixed_number_of_nodes(config: Path, tmp_path: Path) -> No
 def test_the_plan_of_a_range_is_that_of_the_most_nodes_that_fit(config: Path) -> None:
     rows = _rows(config, nodes=(2, 5))
     assert rows["global batch"].endswith("x 6 ranks")
-    assert rows["nodes"] == "2 to 5, as the queue gives them; used are 2, 3, x 2 ranks"
+    assert rows["nodes"] == "2 to 3, as the queue gives them; used are 2, 3, x 2 ranks"
+
+
+def test_slurm_is_asked_for_numbers_of_nodes_that_can_be_used(config: Path) -> None:
+    elastic = _run(config, nodes=(4, 11))
+    assert (elastic.nodes_min, elastic.nodes_max) == (6, 6)
+    assert "#SBATCH --nodes=6\n" in batch_text(elastic)
+    elastic = _run(config, nodes=(3, 8), site=Site())
+    assert (elastic.nodes_min, elastic.nodes_max) == (3, 6)
 
 
 def test_what_is_submitted(config: Path, tmp_path: Path) -> None:
@@ -157,20 +176,109 @@ def test_old_requests_do_not_reach_the_next_submission(config: Path) -> None:
     write_submission(submission)
     (submission.folder / "requests").mkdir()
     (submission.folder / "requests" / "cancel").touch()
-    with pytest.raises(LaunchError):
-        queue(submission)
+    queue(replace(submission, executor="debug"))
     assert not (submission.folder / "requests").exists()
+
+
+def test_a_refused_job_leaves_all_as_it_was(config: Path) -> None:
+    submission = replace(_run(config), submitted_unix_s=5)
+    write_submission(submission)
+    write_attempt(submission.run, _attempt(followed_by="stop"))
+    request_cancel(submission.run)
+    with pytest.raises(LaunchError, match="sbatch was not found"):
+        queue(submission)
+    assert read_submission(submission.run) == submission
+    assert cancel_requested(submission.run)
+
+
+def test_only_new_attempts_count(config: Path) -> None:
+    submission = replace(_run(config), executor="debug")
+    write_submission(submission)
+    assert queue(submission).first_attempt == 1
+    write_attempt(submission.run, _attempt(followed_by="stop"))
+    assert queue(submission).first_attempt == 2
+    assert read_submission(submission.run).first_attempt == 2
+
+
+def test_an_array_that_is_queued_again_runs_what_has_not_finished(tmp_path: Path) -> None:
+    array = prepare_array(["run", "{task}"], Site(), folder=tmp_path / "array", tasks=3, dry=True).submission
+    array = replace(array, executor="debug")
+    queue(array)
+    folders = [task_folder(array.run, task) for task in range(3)]
+    write_attempt(folders[0], _attempt(followed_by="stop"))
+    write_attempt(folders[1], _attempt(followed_by="finish"))
+    queue(array)
+    # What has finished still counts, so that nothing is done again.
+    assert [read_submission(folder).first_attempt for folder in folders] == [2, 1, 1]
+    queue(array, anew=True)
+    assert [read_submission(folder).first_attempt for folder in folders] == [2, 2, 1]
+
+
+def test_a_controller_that_does_not_answer_may_have_the_job(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = tmp_path / "slow-commands"
+    commands.mkdir()
+    for name in ("sbatch", "srun"):
+        said = "Batch job submission failed: Socket timed out on send/recv operation"
+        (commands / name).write_text(f"#!/bin/sh\necho '{name}: error: {said}' >&2\nexit 1\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands))
+    submission = replace(_run(config), submitted_unix_s=5)
+    write_submission(submission)
+    request_cancel(submission.run)
+    message = "may be queued all the same: look with squeue --me --name=vitscale-first, and scancel it"
+    with pytest.raises(LaunchError, match=message):
+        queue(submission)
+    # What may be queued must not find the old request.
+    assert not cancel_requested(submission.run)
+    (commands / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid account' >&2\nexit 1\n")
+    with pytest.raises(LaunchError, match=r"SLURM refused the job: .*Invalid account; mend the site profile"):
+        queue(submission)
+
+
+def test_what_was_submitted_is_checked_again(config: Path) -> None:
+    submission = _run(config)
+    freeze_config(load_config(config), submission.config)
+    assert check_again(replace(submission, executor="local")) == []
+    with pytest.raises(LaunchError, match="scontrol was not found"):
+        check_again(submission)
+    # A save of a minute was measured meanwhile.
+    name = submission.run / "checkpoints" / "step-000000010"
+    name.mkdir(parents=True)
+    (name / rank_file(0)).write_bytes(b"x")
+    text = manifest_text({"step": 10, "created_unix_s": 1000}, [FileRecord(rank_file(0), 1, (0,))])
+    (name / "manifest.json").write_bytes(text)
+    os.utime(name / "manifest.json", (1060, 1060))
+    (submission.run / "metrics.jsonl").write_text('{"step": 10, "unix_s": 1050}\n')
+    with pytest.raises(LaunchError, match="signal_delay_s: 30 s before the time limit are too few"):
+        check_again(replace(submission, site=replace(TWO, signal_delay_s=30)))
+
+
+def test_what_a_local_run_leaves_out_is_said(config: Path) -> None:
+    site = replace(TWO, modules=("cuda",))
+    rows = dict(prepare_run(config, [], site, nodes=(1, 1), executor="local").plan)
+    assert rows["note"].startswith("modules, setup and health check of the profile are for SLURM jobs")
+    assert "note" not in dict(prepare_run(config, [], TWO, nodes=(1, 1), executor="local").plan)
+
+
+def test_refusals_of_an_array_name_its_own_option(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LaunchError, match="Not a directory; choose another folder with --folder"):
+        prepare_array(["true"], Site(), folder=tmp_path / "file" / "array", tasks=1, dry=True)
+
+
+def test_a_command_that_is_not_here_is_noted(tmp_path: Path) -> None:
+    for site, expected in ((Site(), True), (Site(modules=("tools",)), False)):
+        rows = prepare_array(["nosuchcommand"], site, folder=tmp_path / "array", tasks=1, dry=True).plan
+        assert (("note", "nosuchcommand was not found here; it must be there on every node") in rows) is expected
+    rows = prepare_array([sys.executable], Site(), folder=tmp_path / "array", tasks=1, dry=True).plan
+    assert "note" not in dict(rows)
 
 
 def test_a_chain_is_for_sites_that_do_not_requeue(config: Path) -> None:
     with pytest.raises(LaunchError, match=r"--chain 3 is for SLURM sites with requeue: false; leave it out"):
         submit(prepare_run(config, [], TWO, nodes=(1, 1), dry=True), chain=3)
-
-
-def test_other_nodes_for_a_run_that_cannot_use_them(config: Path) -> None:
-    submission = replace(_run(config), ranks_per_node=5)
-    with pytest.raises(LaunchError, match="--nodes 1:1: 12 micro-batches cannot be shared by 5 ranks"):
-        resubmit(submission)
 
 
 def test_a_local_process_that_runs(config: Path, tmp_path: Path) -> None:
@@ -242,6 +350,27 @@ def test_the_dry_run_of_an_array(tmp_path: Path) -> None:
     assert "#SBATCH --cpus-per-task=3\n" in result.stdout
     assert "#SBATCH --array=0-3%4\n" in result.stdout
     assert not (tmp_path / "array").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "memory"), [([], "0"), (["--cpus", "3"], None), (["--cpus", "3", "--memory-mb", "900"], "900M")]
+)
+def test_a_task_does_not_take_the_whole_node_of_a_profile_for_training(
+    tmp_path: Path, words: list[str], memory: str | None
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("gpus_per_node: 8\ncpus_per_node: 96\nexclusive: true\nmemory_mb: 0\n")
+    command = ["array", "--tasks", "4", "--site", str(site), "--folder", str(tmp_path / "array"), "--dry-run", *words]
+    result = CliRunner().invoke(app, [*command, "--", "true"], catch_exceptions=False)
+    assert "exclusive" not in result.stdout
+    assert "gpus" not in result.stdout
+    assert re.findall(r"#SBATCH --mem=(\S+)", result.stdout) == ([] if memory is None else [memory])
+
+
+def test_all_jobs_of_a_chain_are_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submission = replace(_run(config), jobs=("7", "18", "19"))
+    _echo_submitted(submission, jobs=2)
+    assert "submitted    jobs 18, 19\n" in capsys.readouterr().out
 
 
 def test_the_time_of_a_submission_is_that_of_its_queueing(config: Path) -> None:

@@ -129,7 +129,7 @@ def _refuses_another_optimizer(root: Path, ranks: Ranks) -> None:
     assert not any(fragment.kind != MASTER for fragment in fragments(adam))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_stage_goes_on_where_another_stopped_as_plain_torch_would(world_size: int, tmp_path: Path) -> None:
     run_ranks(_follow, world_size, tmp_path, (1, 3, 2, 1))
 
@@ -155,6 +155,6 @@ def _begin(topology: Topology, stage: int) -> None:
         torch.testing.assert_close(output, hidden @ whole["last.weight"].T + whole["last.bias"])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_an_engine_begins_with_other_weights(stage: int) -> None:
     run_ranks(_begin, 2, stage)

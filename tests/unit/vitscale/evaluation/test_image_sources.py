@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers.shardset import image_bytes, key_of, make_shardset, parts_of, spoil_image
 from vitscale.config.schema import DataConfig, StorageConfig
+from vitscale.data.manifest import Manifest
 from vitscale.data.transforms import evaluation_crop
 from vitscale.errors import DataError
 from vitscale.evaluation.image_sources import ImageSources, PixelBatch, find_images
@@ -66,7 +67,17 @@ def test_a_file_with_brackets_in_its_name_is_no_pattern(tmp_path: Path) -> None:
     assert files(find(path)) == ["cat[1].png"]
 
 
-@pytest.mark.parametrize("word", ["missing.png", "no/such/*.png", "train[:500]", "*.txt"])
+def test_a_part_of_a_part_of_a_shard_set(tmp_path: Path) -> None:
+    make_shardset(tmp_path / "set", [6, 6])
+    for part, count in (("[:50%]", 6), ("[:10][:50%]", 5), ("[2:][:8][50%:]", 4)):
+        (found,) = find(f"{tmp_path}/set{part}").parts
+        assert isinstance(found, Manifest)
+        assert (found.part, found.num_samples) == (part, count)
+    write(tmp_path / "cats0", 7)
+    assert files(find(f"{tmp_path}/cats[0:9]")) == ["007.png"], "a pattern that looks like a part"
+
+
+@pytest.mark.parametrize("word", ["missing.png", "no/such/*.png", "train[:500]", "train[:500][:3]", "*.txt"])
 def test_a_word_that_names_nothing(tmp_path: Path, word: str) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match="names no image") as error:

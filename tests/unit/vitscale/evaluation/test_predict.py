@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vitscale.evaluation.names import output_names
 from vitscale.evaluation.predict import Guess, Prediction, most_likely
 
 NAMES = ("cat", "dog", "owl")
@@ -28,6 +29,12 @@ def test_there_are_no_more_classes_than_there_are() -> None:
     found = list(most_likely(torch.randn(4, 3), NAMES, "softmax", 10))
     assert [len(guesses) for guesses in found] == [3] * 4
     assert sum(guess.probability for guess in found[0]) == pytest.approx(1)
+
+
+def test_a_head_may_have_more_outputs_than_there_are_names() -> None:
+    names = output_names(NAMES, 5)
+    (found,) = most_likely(torch.arange(5.0)[None], names, "softmax", 9)
+    assert [(g.label, g.name) for g in found] == [(4, "class 4"), (3, "class 3"), (2, "owl"), (1, "dog"), (0, "cat")]
 
 
 def test_json_tells_guesses_or_the_error() -> None:

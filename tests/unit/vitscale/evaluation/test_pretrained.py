@@ -20,6 +20,7 @@ from vitscale.config.reference import diff_configs, dump_config
 from vitscale.config.schema import TrainConfig
 from vitscale.distributed import connect
 from vitscale.errors import CheckpointError, ConfigError, WeightsError
+from vitscale.evaluation.choices import ModelChoice
 from vitscale.evaluation.pretrained import describe_pretrained, open_pretrained, read_run_config
 from vitscale.topology import Topology
 from vitscale.weights.choices import ResizeMode, WeightFormat
@@ -78,7 +79,7 @@ def test_the_weights_that_were_asked_for_are_taken(tmp_path: Path) -> None:
         digests = set()
         for step, weights, kind in ((None, Weights.RAW, MASTER), (2, Weights.EMA, AVERAGE), (1, Weights.RAW, MASTER)):
             found, state = (
-                open_pretrained(config.run, ranks, step=step, weights=weights),
+                open_pretrained(ModelChoice(config.run, step, weights), ranks),
                 state_of(config, step or 2, kind),
             )
             assert all(torch.equal(values, state[name]) for name, values in found.model.state_dict().items())
@@ -91,7 +92,7 @@ def test_the_weights_that_were_asked_for_are_taken(tmp_path: Path) -> None:
         with pytest.raises(
             CheckpointError, match=r"step-000000001: holds no averaged weights.* --weights raw$"
         ) as raised:
-            open_pretrained(config.run, ranks, step=1, weights=Weights.EMA)
+            open_pretrained(ModelChoice(config.run, 1, Weights.EMA), ranks)
         assert raised.value.agreed
 
 
@@ -108,7 +109,7 @@ def test_a_file_is_the_same_model_as_the_run(tmp_path: Path) -> None:
     with connect(Topology(), timeout_s=60) as ranks:
         save_vit(config, ranks, 1)
         state = export(config, path)
-        run, file = open_pretrained(config.run, ranks), open_pretrained(path, ranks)
+        run, file = open_pretrained(ModelChoice(config.run), ranks), open_pretrained(ModelChoice(path), ranks)
         images = torch.rand(2, 3, 8, 8)
         with torch.no_grad():
             assert torch.equal(file.model(images), run.model(images))
@@ -117,7 +118,7 @@ def test_a_file_is_the_same_model_as_the_run(tmp_path: Path) -> None:
         assert file.digest == hashlib.sha256(path.read_bytes()).hexdigest()
         assert file.config.gelu == "erf"
         assert (file.data.eval, file.data.eval_crop_share, file.data.workers) == (None, 0.875, 2)
-        changed = open_pretrained(path, ranks, overrides=["data.workers=3", "data.eval_crop_share=1.0"])
+        changed = open_pretrained(ModelChoice(path, overrides=("data.workers=3", "data.eval_crop_share=1.0")), ranks)
         assert (changed.data.workers, changed.data.eval_crop_share) == (3, 1.0)
         assert describe_pretrained(path).digest == file.digest
         assert describe_pretrained(path).family == "vit"
@@ -135,10 +136,10 @@ def test_a_file_that_does_not_tell_its_model_is_told(tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"does not tell its model for certain: .*; name it with --model MODEL.yaml"
         ):
-            open_pretrained(path, ranks)
+            open_pretrained(ModelChoice(path), ranks)
         with pytest.raises(ConfigError, match="does not tell the size of its images; name it with --image-size PIXELS"):
-            open_pretrained(path, ranks, model=model)
-        found = open_pretrained(path, ranks, model=model, image_size=8)
+            open_pretrained(ModelChoice(path, model=model), ranks)
+        found = open_pretrained(ModelChoice(path, model=model, image_hw=(8, 8)), ranks)
         # The format implies its GELU, whatever the YAML file says.
         assert found.config == dataclasses.replace(config.model, gelu="erf", dropout=0.0, stochastic_depth=0.0)
 
@@ -152,12 +153,16 @@ def test_another_image_size_resizes_positions_by_the_named_mode_and_is_another_m
         expected = resize_position_embedding(state["pos_embed"], (2, 2), (4, 3), ResizeMode.BICUBIC)
         digests = set()
         for location in (config.run, path):
-            with pytest.raises(WeightsError, match=r"pos_embed is 2x2, image size 16x12 needs 4x3: take --resize"):
-                open_pretrained(location, ranks, image_size=(16, 12))
-            for size in (None, (16, 12), 16):
-                found = open_pretrained(location, ranks, image_size=size, resize=ResizeMode.BICUBIC if size else None)
+            with pytest.raises(
+                WeightsError, match=r"pos_embed is 2x2, image size 16x12 needs 4x3: take --resize"
+            ) as error:
+                open_pretrained(ModelChoice(location, image_hw=(16, 12)), ranks)
+            assert "no variant's" not in str(error.value), "what the model is, is known"
+            for size in (None, (16, 12), (16, 16)):
+                mode = ResizeMode.BICUBIC if size else None
+                found = open_pretrained(ModelChoice(location, image_hw=size, resize=mode), ranks)
                 digests.add(found.digest)
-                assert found.data.image_hw == found.image_hw == ((size, size) if size == 16 else size or (8, 8))
+                assert found.data.image_hw == found.image_hw == (size or (8, 8))
                 if size == (16, 12):
                     positions = found.model.state_dict()["pos_embed"]
                     assert torch.equal(positions[:, -12:], expected)

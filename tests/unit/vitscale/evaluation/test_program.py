@@ -90,6 +90,12 @@ def test_bad_input(tmp_path: Path) -> None:
     assert json.loads(told[DESCRIPTION])["output"] == "logits [batch, 5]"
 
 
+def test_outputs_without_a_name_are_described(tmp_path: Path) -> None:
+    few = dataclasses.replace(pretrained("ViT-mu/8"), classes=("a", "b"))
+    description = export_program(few, tmp_path / "m.pt2", force=False)
+    assert description["classes"] == ["a", "b", "class 2", "class 3", "class 4"]
+
+
 def test_a_model_without_classes_is_refused(tmp_path: Path) -> None:
     model = pretrained("ViT-mu/8")
     masked = dataclasses.replace(model, config=dataclasses.replace(model.config, head="masked_patches"))
