@@ -32,12 +32,12 @@ def draw_scaling(path: Path, curves: Mapping[str, Mapping[str, list[tuple[int, S
         axes = figure.add_subplot(1, len(curves), number)
         sizes = sorted({size for points in by_model.values() for size, _ in points})
         for index, (model, points) in enumerate(by_model.items()):
-            deviations = [score.deviation for _, score in points]
+            deviations = [score.deviation for _, score in points if score.deviation is not None]
             axes.errorbar(
                 [size for size, _ in points],
                 [score.mean for _, score in points],
                 # A bar of no length would claim that seeds agree.
-                yerr=None if None in deviations else deviations,
+                yerr=deviations if len(deviations) == len(points) else None,
                 label=model,
                 color=COLOURS[index % len(COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
