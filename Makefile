@@ -48,7 +48,7 @@ test-slow: $(READY) $(OLDEST_TRITON)/.ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) tests/interpreter
 
 test-slurm: $(READY)
-	VITSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
+	VITSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest -n $(WORKERS) tests/slurm
 
 docs/config.md: $(READY) vitscale/config/schema.py
 	printf '# Configuration\n\nEvery key, as `vitscale config` prints it. Generated: `make docs/config.md`.\n\n```yaml\n%s\n```\n' \

@@ -73,7 +73,7 @@ def export_program(pretrained: Pretrained, out: Path, *, force: bool) -> dict[st
         "output": f"logits [batch, {pretrained.num_classes}]",
         "image_size": [height, width],
         "crop": pretrained.data.eval_resize,
-        "crop_share": pretrained.data.eval_crop_share,
+        "crop_share": pretrained.data.eval_crop_share if pretrained.data.eval_resize == "short_side" else None,
         "classes": None if pretrained.classes is None else output_names(pretrained.classes, pretrained.num_classes),
         "weights": pretrained.digest,
         "step": pretrained.step,
