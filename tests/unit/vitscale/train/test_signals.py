@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -71,12 +72,13 @@ def test_a_signal_in_the_middle_of_work_does_not_break_it() -> None:
 def test_a_signal_that_was_blocked_until_now_is_noted_and_a_late_one_kills_nobody() -> None:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        send(signal.SIGUSR2)
+        # To this thread: others of this process, unlike those of a rank, do not block it.
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
         with StopRequest() as stop:
             assert stop.received == "SIGUSR2"
         assert set(STOP_SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
         # The second of a preemption, at the end of the grace time.
-        send(signal.SIGTERM)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         assert stop.received == "SIGUSR2"
         with StopRequest() as again:
             assert again.received == "SIGTERM"
