@@ -66,6 +66,7 @@ ALLOWED = {
     "vitscale.distributed": {"vitscale.errors", "vitscale.topology"},
     "vitscale.ranks": {"vitscale.errors", "vitscale.topology", "vitscale.durable"},
     "vitscale.tensor_file": set(),
+    "vitscale.text_table": set(),
     "vitscale.weights.choices": set(),
     "vitscale.checkpoint": {
         "vitscale",
@@ -97,6 +98,7 @@ ALLOWED = {
         "vitscale.weights",
     },
     "vitscale.checkpoint_cli": {
+        "vitscale.text_table",
         "vitscale.errors",
         "vitscale.models.shapes",
         "vitscale.checkpoint",
@@ -182,6 +184,7 @@ ALLOWED = {
         "vitscale.checkpoint.choices",
         "vitscale.evaluation",
         "vitscale.train.recipes",
+        "vitscale.train.records",
         "vitscale.train.signals",
         "vitscale.weights",
     },
@@ -203,6 +206,10 @@ ALLOWED = {
     "vitscale.__main__": {"vitscale.cli"},
     "vitscale_shards": {"vitscale.durable", "vitscale.errors", "vitscale.config", "vitscale.data"},
     "vitscale_launch": {
+        "vitscale.ranks",
+        "vitscale.text_table",
+        "vitscale.train.records",
+        "vitscale.train.signals",
         "vitscale.run_config",
         "vitscale.errors",
         "vitscale.config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitscale.checkpoint.choices import Choice, Precision, Weights
+from vitscale.text_table import print_table
 from vitscale.weights.choices import WeightFormat
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def list_command(run: Run, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(listed))
     elif listed:
-        _print_table(COLUMNS, [entry_row(data) for data in listed])
+        print_table(COLUMNS, [entry_row(data) for data in listed])
     else:
         typer.echo(f"{place.folder.location}: holds no checkpoint")
 
@@ -180,23 +181,6 @@ def export(
     for line in remarks:
         typer.echo(line, err=True)
     typer.echo(f"step {chosen.step}, {weights} weights, {precision} -> {out}")
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal, aligned lines elsewhere."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if sys.stdout.isatty():
-        table = Table(*columns)
-        for row in rows:
-            table.add_row(*map(Text, row))
-        Console().print(table)
-        return
-    widths = [max(len(line[column]) for line in (columns, *rows)) for column in range(len(columns))]
-    for line in (columns, *rows):
-        typer.echo("  ".join(f"{word:<{width}}" for word, width in zip(line, widths, strict=True)).rstrip())
 
 
 class _Lines:

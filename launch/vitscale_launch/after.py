@@ -30,7 +30,7 @@ from vitscale_launch.capacity import usable_nodes
 from vitscale_launch.environment import ATTEMPT, LOG_OFFSET
 from vitscale_launch.failures import Cause, Failure, explain, read_errors
 from vitscale_launch.follow import (
-    STOP_SIGNALS,
+    ENDING_SIGNALS,
     follow,
     later_jobs,
     read_patiently,
@@ -209,7 +209,7 @@ def _spare_nodes(submission: Submission) -> int | None:
 
 def main() -> None:
     """Entry point."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     code = int(sys.argv[2])
     try:
         end(read_patiently(Path(sys.argv[1])), code, os.environ)

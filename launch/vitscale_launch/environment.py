@@ -122,7 +122,7 @@ def _rendezvous(site: Site, nodes: tuple[str, ...], node_address: Callable[[str]
     if site.network_interface:
         return interface_address(site.network_interface)
     first = nodes[0]
-    if site.rendezvous == "name" or (site.rendezvous == "auto" and _resolves(first)):
+    if site.rendezvous == "name" or (site.rendezvous == "auto" and resolves(first)):
         return first
     return node_address(first) or first
 
@@ -148,7 +148,8 @@ def interface_address(name: str) -> str:
     )
 
 
-def _resolves(host: str) -> bool:
+def resolves(host: str) -> bool:
+    """Whether this machine knows the name or number."""
     try:
         socket.getaddrinfo(host, None)
     except OSError:

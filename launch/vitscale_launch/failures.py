@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-STOPPED_ON_REQUEST = 75
+from vitscale.errors import Interrupted
+
+STOPPED_ON_REQUEST = Interrupted.exit_code
 CONFIGURATION_IS_WRONG = 2
 # What torch, CUDA and the kernel say, in small letters.
 _MEMORY = ("out of memory", "cannot allocate memory")

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from vitscale.errors import LaunchError
+from vitscale.train.signals import STOP_SIGNALS
 from vitscale_launch import slurm
 from vitscale_launch.restart import Action, Decision, Queue
 from vitscale_launch.submission import Submission, read_submission
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+ENDING_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 TRIES, BETWEEN_TRIES_S = 6, 10.0
 # A job that was requeued is killed within seconds.
 WAIT_FOR_THE_END_S = 300.0
@@ -94,7 +95,7 @@ def read_patiently(run: Path) -> Submission:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Let no signal that asks to stop end this process meanwhile."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         yield
     finally:
@@ -104,7 +105,7 @@ def undisturbed() -> Iterator[None]:
 def wait_for_the_end() -> None:
     """Leaving now would race with SLURM, which takes a job whose script is over for a finished one."""
     # What it has sent to end this script takes effect now.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
     time.sleep(WAIT_FOR_THE_END_S)
 
 

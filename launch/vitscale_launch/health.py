@@ -8,7 +8,6 @@ are in here.
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from statistics import median
 from pydantic import TypeAdapter, ValidationError
 
 from vitscale.errors import LaunchError
+from vitscale.train.signals import STOP_SIGNALS
 from vitscale_launch.allocation import Allocation
 from vitscale_launch.environment import ATTEMPT
 from vitscale_launch.submission import Submission
@@ -31,8 +31,7 @@ MAX_SKEW_S = 5.0
 START_S, END_S = 60.0, 10.0
 DONE = "done"
 # With these srun leaves whose tasks were ended by such a signal, and with their negatives if it got one itself.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-_STOPPED = {code for number in _STOP_SIGNALS for code in (128 + number, -number)}
+_STOPPED = {code for number in STOP_SIGNALS for code in (128 + number, -number)}
 
 
 class CheckInterrupted(LaunchError):  # noqa: N818 (nothing is wrong with the nodes)

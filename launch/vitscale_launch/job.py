@@ -16,19 +16,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vitscale.errors import VitscaleError
+from vitscale.ranks import STARTED_BY_US
+from vitscale.train.signals import STOP_SIGNALS
 from vitscale_launch.after import finished_attempt, record_decision
 from vitscale_launch.allocation import Allocation
 from vitscale_launch.attempts import errors_folder, read_attempts, since_submission, write_attempt
 from vitscale_launch.before import attempt_variables, begin
 from vitscale_launch.environment import ATTEMPT, ERRORS, free_port, rank_environment, task_environment
 from vitscale_launch.failures import STOPPED_ON_REQUEST, Cause, explain, read_errors
-from vitscale_launch.local_ranks import STOP_SIGNALS, cannot_start, run_ranks, write_error
+from vitscale_launch.local_ranks import cannot_start, run_ranks, write_error
 from vitscale_launch.requests import cancel_requested
 from vitscale_launch.restart import Action, Policy, decide
 from vitscale_launch.submission import Submission, read_submission
 
-# Set for ranks that a task starts: the id of its process, with which they die.
-LAUNCHER = "VITSCALE_LAUNCHER"
 ATTEMPT_LINE = "vitscale launch: attempt {attempt} of job {job}, rank {rank} on {host}"
 """What every task writes first to both of its logs, to which all attempts append."""
 
@@ -111,7 +111,7 @@ def _node_environments(submission: Submission, environment: Mapping[str, str]) -
 
 def _launcher(submission: Submission) -> dict[str, str]:
     """What lets ranks die with this process. In a container they may not be its children, and would not start."""
-    return {} if submission.site.container else {LAUNCHER: str(os.getpid())}
+    return {} if submission.site.container else {STARTED_BY_US: str(os.getpid())}
 
 
 def _run_ranks(command: tuple[str, ...], environments: list[dict[str, str]]) -> int:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from vitscale.durable import publish_text
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
+from vitscale.train.signals import STOP_SIGNALS
 from vitscale_launch.environment import ERRORS
+from vitscale_launch.failures import STOPPED_ON_REQUEST
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-STOPPED_ON_REQUEST = 75
 _FOR_EVER = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC}
 # After the first failure: for the others to see it themselves, and then to obey SIGTERM.
 NOTICE_S, TERM_S = 5.0, 10.0

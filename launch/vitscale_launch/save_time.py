@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from vitscale.checkpoint.folder import MANIFEST, LocalFolder
 from vitscale.checkpoint.format import read_manifest, step_of
 from vitscale.checkpoint.opening import checkpoint_folder
 from vitscale.config.schema import TrainConfig
 from vitscale.errors import CheckpointError
+from vitscale.train.records import read_records
 
 # A save ends while training goes on, so records follow it; the last one of an attempt may lack them for so long.
 _AFTER_LAST_RECORD_S = 60.0
@@ -22,7 +19,7 @@ def step_and_save_s(config: TrainConfig) -> float | None:
     Only checkpoints in a folder of this file system tell: a save begins at the time that its manifest names and ends
     when the manifest is written.
     """
-    records = _records(config.run / "metrics.jsonl")
+    records = [record for record in read_records(config.run / "metrics.jsonl") if "unix_s" in record]
     folder = checkpoint_folder(config.run, config.checkpoint)
     if not records or not isinstance(folder, LocalFolder) or not folder.path.is_dir():
         return None
@@ -44,21 +41,3 @@ def _times(folder: LocalFolder, name: str) -> tuple[float, float] | None:
     except (OSError, KeyError, CheckpointError):
         # Removed meanwhile, damaged, or of a version that did not note it: it tells nothing.
         return None
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The records of training steps."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = [record for line in lines if (record := _parse(line)) is not None]
-    return [record for record in records if "unix_s" in record]
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """A record, or None for the torn last line of a killed process."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from vitscale.config.loader import parse_section
 from vitscale.errors import LaunchError
 from vitscale_launch import slurm
 from vitscale_launch.capacity import choose_partition, gpus_of
+from vitscale_launch.environment import resolves
 from vitscale_launch.site import Site
 from vitscale_launch.slurm import SlurmNode, SlurmPartition
 
@@ -152,7 +152,7 @@ def _add_restarts(draft: Draft, chosen: SlurmPartition, config: Mapping[str, str
 
 def _add_network(draft: Draft, members: Sequence[SlurmNode]) -> None:
     first = members[0]
-    if not _resolves(first.name) and _resolves(first.address):
+    if not resolves(first.name) and resolves(first.address):
         draft.add("rendezvous", "address", f"the name {first.name} does not resolve here, {first.address} does")
     draft.unknown.append("network_interface: the fast one between nodes; see: srun -N1 ip -brief address")
 
@@ -170,11 +170,3 @@ def _add_rest(draft: Draft, config: Mapping[str, str], environment: Mapping[str,
     if loaded:
         draft.unknown.append(f"modules: loaded here are [{', '.join(loaded.split(':'))}]")
     draft.unknown.append("container: [apptainer, exec, --nv, IMAGE], if vitscale is in an image")
-
-
-def _resolves(name: str) -> bool:
-    try:
-        socket.getaddrinfo(name, None)
-    except OSError:
-        return False
-    return True

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitscale.text_table import print_table
 from vitscale_launch.hints import launch_command
-from vitscale_launch.table import clock, duration, print_pairs, print_table
+from vitscale_launch.table import clock, duration, print_pairs
 
 if TYPE_CHECKING:
     from vitscale_launch.attempts import Attempt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from vitscale.distributed import Ranks
 from vitscale.errors import DataError, on_every_rank
 from vitscale.evaluation.metrics import Accuracy, AccuracyMeter, LabelSetAccuracy, LabelSetMeter
 from vitscale.evaluation.pieces import never
+
+A = TypeVar("A", Accuracy, LabelSetAccuracy)
 
 
 def open_labelled_set(
@@ -135,12 +138,7 @@ def evaluate_accuracy(
     unreadable = _count(
         logits_of, batches, lambda logits, labels: meter.add(logits, labels[:, 0]), is_stopping=is_stopping, note=note
     )
-    if unreadable is None:
-        return None
-    accuracy = meter.total(ranks, unreadable=unreadable)
-    if accuracy is None:
-        raise _nothing_to_read(ranks, unreadable)
-    return accuracy
+    return None if unreadable is None else _found(meter.total(ranks, unreadable=unreadable), ranks, unreadable)
 
 
 def evaluate_label_sets(
@@ -156,12 +154,7 @@ def evaluate_label_sets(
     """The same for images with any number of labels, of which the set has ``num_images``."""
     meter = LabelSetMeter(num_classes, num_images=num_images)
     unreadable = _count(logits_of, batches, meter.add, is_stopping=is_stopping, note=note)
-    if unreadable is None:
-        return None
-    accuracy = meter.total(ranks, unreadable=unreadable)
-    if accuracy is None:
-        raise _nothing_to_read(ranks, unreadable)
-    return accuracy
+    return None if unreadable is None else _found(meter.total(ranks, unreadable=unreadable), ranks, unreadable)
 
 
 def _count(
@@ -187,9 +180,12 @@ def _count(
     return unreadable
 
 
-def _nothing_to_read(ranks: Ranks, unreadable: int) -> DataError:
+def _found(accuracy: A | None, ranks: Ranks, unreadable: int) -> A:
+    """The accuracy, of which there is none if no rank could read an image."""
+    if accuracy is not None:
+        return accuracy
     (total,) = ranks.sum_ints([unreadable])
-    return on_every_rank(DataError(f"none of {total} images can be read; write the shard set again and evaluate anew"))
+    raise on_every_rank(DataError(f"none of {total} images can be read; write the shard set again and evaluate anew"))
 
 
 def evaluation_batches(

@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vitscale.train.records import read_records
+
 SECONDS_PER_DAY = 86_400
 
 
@@ -44,25 +46,15 @@ def compute_of(run: Path) -> Compute:
 
 def training_records(run: Path) -> list[dict[str, Any]]:
     """The records of steps in ``metrics.jsonl``, without a torn last line."""
-    return [record for record in _records(run / "metrics.jsonl") if "images_per_s" in record]
+    return [record for record in read_records(run / "metrics.jsonl") if "images_per_s" in record]
 
 
 def best_step(run: Path) -> int:
     """Step of the evaluation with the highest held-out top-1, the earliest of equals (early stopping)."""
-    scored = [record for record in _records(run / "metrics.jsonl") if record.get("eval_top1") is not None]
+    scored = [record for record in read_records(run / "metrics.jsonl") if record.get("eval_top1") is not None]
     return int(max(scored, key=lambda record: (record["eval_top1"], -record["step"]))["step"])
 
 
 def ranks_of_attempts(run: Path) -> dict[int, int]:
     """World size by attempt."""
-    return {record["attempt"]: record["world_size"] for record in _records(run / "attempts.jsonl")}
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # a process that was killed leaves part of a line
-    return [record for record in records if isinstance(record, dict)]
+    return {record["attempt"]: record["world_size"] for record in read_records(run / "attempts.jsonl")}

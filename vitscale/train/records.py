@@ -61,7 +61,7 @@ class StepRecords:
         if not self._path.exists():
             return []
         text = self._path.read_text(encoding="utf-8", errors="replace")
-        records = [record for line in text.splitlines() if (record := _parse(line)) is not None]
+        records = [record for record in parse_records(text) if "step" in record]
         kept = [record for record in records if record["step"] <= restored_step]
         undone = [record for record in records if record["step"] > restored_step]
         if undone:
@@ -79,10 +79,18 @@ def _to_line(record: dict[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    """A record, or ``None`` for the torn last line of a killed process."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a JSON-lines file, without what a killed process left of a line; none if there is no file."""
+    return parse_records(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+
+
+def parse_records(text: str) -> list[dict[str, Any]]:
+    """The records of such a file's text."""
+    return [record for line in text.splitlines() if isinstance(record := _parse(line), dict)]
+
+
+def _parse(line: str) -> object:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "step" in record else None

@@ -16,9 +16,10 @@ import pytest
 
 from tests.helpers.runs import environment, wait_until
 from vitscale.errors import ConfigError
+from vitscale.train.signals import STOP_SIGNALS
 from vitscale_launch import local_ranks
 from vitscale_launch.environment import ERRORS, rank_environment
-from vitscale_launch.local_ranks import STOP_SIGNALS, run_ranks
+from vitscale_launch.local_ranks import run_ranks
 
 # What the ranks do: leave with a code, die, or wait for a signal that was blocked when they started.
 RANK = """
