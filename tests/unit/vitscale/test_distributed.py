@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from typing import Any, NoReturn
 
@@ -178,11 +179,13 @@ def test_a_host_that_nobody_knows_is_named() -> None:
     run_ranks(_unknown_host, 1, timeout_s=30)
 
 
-def _leaves_its_block(topology: Topology, code: int) -> None:
+def _leaves_its_block(topology: Topology, connected: threading.Barrier, code: int) -> None:
     from vitscale.distributed import connect
 
     def fail() -> NoReturn:
         with connect(topology, timeout_s=60):
+            # A rank that has left already cannot be connected to, which is another error.
+            connected.wait(timeout=60)
             raise DataError("mine alone")
 
     # No collective is tried on the way out, which would wait for ranks that are gone.
@@ -192,12 +195,12 @@ def _leaves_its_block(topology: Topology, code: int) -> None:
 
 
 def test_a_rank_with_an_error_leaves_without_waiting_for_the_others() -> None:
-    # The second rank connects and goes away; the first must not wait for it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     port = free_port()
+    connected = context.Barrier(2)
     ranks = [Topology(rank=rank, world_size=2, local_rank=rank, master_port=port) for rank in range(2)]
-    processes = [context.Process(target=_leaves_its_block, args=(rank, 9)) for rank in ranks]
+    processes = [context.Process(target=_leaves_its_block, args=(rank, connected, 9)) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:
