@@ -135,11 +135,6 @@ def _slurm_executor(submission: Submission, after_job: str | None) -> Any:
         "ntasks_per_node": None if elastic else site.tasks_on_node,
         "cpus_per_task": None if elastic else site.cpus_per_task,
         "signal_delay_s": site.signal_delay_s,
-        "partition": site.partition,
-        "account": site.account,
-        "qos": site.qos,
-        "constraint": site.constraint,
-        "exclude": ",".join(site.exclude) or None,
         "exclusive": site.exclusive or None,
         "dependency": after_job and f"afterany:{after_job}",
         "setup": list(_setup(submission)),
@@ -154,19 +149,14 @@ def _slurm_executor(submission: Submission, after_job: str | None) -> Any:
 def _more_options(submission: Submission) -> dict[str, Scalar]:
     """Options that submitit has no name for, or no right form."""
     site, low, high = submission.site, submission.nodes_min, submission.nodes_max
-    options: dict[str, Scalar] = {"nodes": str(low)}
+    options: dict[str, Scalar] = {"nodes": str(low), **site.selection, **site.gpus_option(site.gpus_per_node)}
     if submission.cwd is not None:
         options["chdir"] = str(submission.cwd)
     if low != high:
         options |= {"nodes": f"{low}-{high}", "mincpus": site.cpus_per_task * site.tasks_on_node}
     options["requeue" if site.requeue else "no-requeue"] = True
-    if site.gpus_per_node:
-        kind = f"{site.gpu_type}:" if site.gpu_type else ""
-        options["gpus-per-node"] = f"{kind}{site.gpus_per_node}"
     if site.memory_mb is not None:
         options["mem"] = f"{site.memory_mb}M" if site.memory_mb else "0"
-    if site.reservation:
-        options["reservation"] = site.reservation
     return {**options, **{name: value for name, value in site.sbatch.items() if value is not False}}
 
 

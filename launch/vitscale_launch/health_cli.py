@@ -90,12 +90,7 @@ def _each(nodes: int) -> list[str]:
 
 
 def _options(profile: Site) -> Iterator[str]:
-    for name in ("partition", "account", "qos", "constraint", "reservation"):
-        if (value := getattr(profile, name)) is not None:
-            yield f"--{name}={value}"
-    if profile.exclude:
-        yield f"--exclude={','.join(profile.exclude)}"
-    if profile.gpus_per_node:
-        yield f"--gpus-per-node={profile.gpu_type + ':' if profile.gpu_type else ''}{profile.gpus_per_node}"
+    options = profile.selection | profile.gpus_option(profile.gpus_per_node)
+    yield from (f"--{name}={value}" for name, value in options.items())
     if profile.exclusive:
         yield "--exclusive"

@@ -147,6 +147,24 @@ class Site:
         """CPUs of each task."""
         return (self.cpus_per_node or self.ranks_on_node) // self.tasks_on_node
 
+    @property
+    def selection(self) -> dict[str, str]:
+        """Which nodes a job may get: options of sbatch and srun by their long names."""
+        options = {
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "reservation": self.reservation,
+            "exclude": ",".join(self.exclude) or None,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    def gpus_option(self, count: int) -> dict[str, str]:
+        """The option of sbatch and srun that asks for GPUs on each node; none where the site has none."""
+        kind = f"{self.gpu_type}:" if self.gpu_type else ""
+        return {"gpus-per-node": f"{kind}{count}"} if self.gpus_per_node else {}
+
 
 def load_site(name_or_path: str, changes: Sequence[str] = ()) -> Site:
     """Read a site's profile.

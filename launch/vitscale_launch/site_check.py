@@ -163,18 +163,13 @@ def _judge(site: Site, found: dict[str, Any], start: float, end: float) -> Itera
 
 def _srun_options(site: Site, wait_s: int) -> list[str]:
     options = {
-        "partition": site.partition,
-        "account": site.account,
-        "qos": site.qos,
-        "constraint": site.constraint,
-        "reservation": site.reservation,
-        "exclude": ",".join(site.exclude) or None,
-        "gpus-per-node": "1" if site.gpus_per_node else None,
+        **site.selection,
+        **site.gpus_option(1),
         "immediate": str(wait_s),
         "time": "5",
         "job-name": "vitscale-site-check",
     }
-    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    given = [f"--{name}={value}" for name, value in options.items()]
     return ["--nodes=1", "--ntasks=1", "--quiet", *given]
 
 
