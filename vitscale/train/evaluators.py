@@ -1,9 +1,9 @@
-"""Further evaluations during training, each with a name and a cadence of its own (evaluation.evaluators)."""
+"""What a run evaluates: data.eval, and evaluations with a name and a cadence of their own (evaluation.evaluators)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from vitscale.config.duration import is_due
 from vitscale.config.evaluators import AccuracyEvaluator, Evaluator
 from vitscale.config.schema import TrainConfig
 from vitscale.data.manifest import Manifest
+from vitscale.data.mixing import Mixture
+from vitscale.data.shard_set import open_evaluation_set
 from vitscale.distributed import Ranks
 from vitscale.errors import ConfigError, DataError
 from vitscale.evaluation.accuracy import evaluation_batches, head_accuracy, open_labelled_set
@@ -24,36 +26,46 @@ from vitscale.train.metrics import MetricLog
 
 
 @dataclass(frozen=True)
-class NamedEvaluator:
-    """One of them, ready."""
+class RunEvaluator:
+    """One evaluation of a run, ready."""
 
-    name: str
+    name: str | None
+    """None for that on data.eval."""
     settings: Evaluator
     every: int | None
     """Steps between two evaluations; None evaluates after the last step only."""
     sets: tuple[Manifest, ...]
 
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether the evaluation belongs after a step."""
+        return is_evaluation_due(step, self.every, total_steps)
 
-def open_evaluators(config: TrainConfig, plan: RunPlan, classes: Sequence[str] | None) -> list[NamedEvaluator]:
-    """Open their shard sets.
+    @property
+    def mark(self) -> str:
+        """A key that each of its records has, and no other."""
+        return "eval_top1" if self.name is None else f"{self.name}/images"
 
-    Args:
-        config: names them.
-        plan: tells the length of a run.
-        classes: of the training set.
+
+def open_evaluators(config: TrainConfig, plan: RunPlan, train_set: Mixture) -> list[RunEvaluator]:
+    """Open the shard sets of a run's evaluations, data.eval first. Labels must mean what they mean in training.
 
     Raises:
         DataError: a set cannot be used.
         ConfigError: a cadence comes to no step.
     """
+    storage, num_classes, classes = config.data.storage, config.model.num_classes, train_set.classes
     found = []
+    if config.data.eval is not None:
+        held_out = open_evaluation_set(config.data.eval, storage, num_classes=num_classes, classes=classes)
+        settings: Evaluator = AccuracyEvaluator(data=config.data.eval)
+        found.append(RunEvaluator(None, settings, plan.evaluate_every, (held_out,)))
     for name, settings in config.evaluation.evaluators.items():
         sets: tuple[Manifest, ...]
         if isinstance(settings, AccuracyEvaluator):
-            sets = (open_labelled_set(settings.data, config.data.storage, config.model.num_classes, classes),)
+            sets = (open_labelled_set(settings.data, storage, num_classes, classes),)
         else:
-            sets = open_feature_sets(settings, config.data.storage)
-        found.append(NamedEvaluator(name, settings, _steps(name, settings, plan), sets))
+            sets = open_feature_sets(settings, storage)
+        found.append(RunEvaluator(name, settings, _steps(name, settings, plan), sets))
     return found
 
 
@@ -79,21 +91,20 @@ def is_evaluation_due(step: int, every: int | None, total_steps: int) -> bool:
 
 
 def due_evaluators(
-    evaluators: Sequence[NamedEvaluator], state: TrainState, plan: RunPlan, log: MetricLog
-) -> list[NamedEvaluator]:
+    evaluators: list[RunEvaluator], state: TrainState, plan: RunPlan, log: MetricLog
+) -> list[RunEvaluator]:
     """Those that are to run after a step; each once for a step, also across attempts. The same on every rank."""
     return [
         each
         for each in evaluators
-        if is_evaluation_due(state.step, each.every, plan.total_steps)
-        and not log.was_evaluated(state.step, mark=_mark(each.name))
+        if each.is_due(state.step, plan.total_steps) and not log.was_evaluated(state.step, mark=each.mark)
     ]
 
 
 def run_evaluators(
     engine: Any,
     config: TrainConfig,
-    due: Sequence[NamedEvaluator],
+    due: list[RunEvaluator],
     state: TrainState,
     log: MetricLog,
     ranks: Ranks,
@@ -108,54 +119,56 @@ def run_evaluators(
     """
     features: dict[tuple[str, str], Features] = {}
 
+    def outputs(images: Any) -> Any:
+        return engine(model_input(images, engine))
+
     def features_of(manifest: Manifest) -> Features | None:
         key = (manifest.shown, manifest.digest)
         if key not in features:
             with representing(engine):
-                found = extract_features(
-                    lambda images: engine(model_input(images, engine)),
-                    evaluation_batches(
-                        manifest, config.data, num_classes=None, batch_size=config.micro_batch_size, ranks=ranks
-                    ),
-                    ranks=ranks,
-                    is_stopping=is_stopping,
+                batches = evaluation_batches(
+                    manifest, config.data, num_classes=None, batch_size=config.micro_batch_size, ranks=ranks
                 )
+                found = extract_features(outputs, batches, ranks=ranks, is_stopping=is_stopping)
             if found is None:
                 return None
             features[key] = found
         return features[key]
 
+    def evaluate(each: RunEvaluator) -> dict[str, Any] | None:
+        if isinstance(each.settings, AccuracyEvaluator):
+            accuracy = head_accuracy(
+                outputs,
+                each.sets[0],
+                config.data,
+                num_classes=config.model.num_classes,
+                batch_size=config.micro_batch_size,
+                ranks=ranks,
+                is_stopping=is_stopping,
+            )
+            return None if accuracy is None else dict(accuracy.to_json())
+        train_set, test_set = each.sets
+        return evaluate_features(
+            each.settings, (train_set, test_set), features_of, ranks=ranks, is_stopping=is_stopping
+        )
+
     engine.eval()
-    for each in due:
-        start = time.perf_counter()
-        results: dict[str, Any] | None
-        try:
-            if isinstance(each.settings, AccuracyEvaluator):
-                accuracy = head_accuracy(
-                    lambda images: engine(model_input(images, engine)),
-                    each.sets[0],
-                    config.data,
-                    num_classes=config.model.num_classes,
-                    batch_size=config.micro_batch_size,
-                    ranks=ranks,
-                    is_stopping=is_stopping,
-                )
-                results = None if accuracy is None else dict(accuracy.to_json())
-            else:
-                train_set, test_set = each.sets
-                results = evaluate_features(
-                    each.settings, (train_set, test_set), features_of, ranks=ranks, is_stopping=is_stopping
-                )
-        except DataError as error:
-            # Not worth a run: sets that are too small for what is asked of them. What one rank meets alone is.
-            if not error.agreed:
-                raise
-            results = {"images": 0, "error": str(error)}
-        if results is None:
-            engine.train()
-            return True
-        log.evaluator(state, each.name, results, time.perf_counter() - start)
-    engine.train()
+    try:
+        for each in due:
+            start = time.perf_counter()
+            try:
+                results = evaluate(each)
+            except DataError as error:
+                # Not worth a run: sets that are too small for what is asked of them. What one rank meets alone is, and
+                # so is a data.eval of which nothing can be read.
+                if each.name is None or not error.agreed:
+                    raise
+                results = {"images": 0, "error": str(error)}
+            if results is None:
+                return True
+            log.evaluation(state, each.name, results, time.perf_counter() - start)
+    finally:
+        engine.train()
     return False
 
 
@@ -171,8 +184,3 @@ def representing(engine: Any) -> Iterator[None]:
         yield
     finally:
         del module.forward
-
-
-def _mark(name: str) -> str:
-    """A key that each record of an evaluator has."""
-    return f"{name}/images"

@@ -13,8 +13,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
-from typing import Any
 
 from vitscale.checkpoint.engine_state import Checkpoints, Identity
 from vitscale.checkpoint.opening import checkpoint_folder
@@ -24,13 +22,10 @@ from vitscale.checkpoint.store import CheckpointStore
 from vitscale.config.duration import is_due
 from vitscale.config.reference import dump_config
 from vitscale.config.schema import TrainConfig
-from vitscale.data.manifest import Manifest
-from vitscale.data.mixing import Mixture
-from vitscale.data.shard_set import open_evaluation_set, open_training_data
+from vitscale.data.shard_set import open_training_data
 from vitscale.data.storage.drivers import without_secrets
 from vitscale.distributed import Ranks, connect
 from vitscale.errors import Interrupted, VitscaleError, on_every_rank
-from vitscale.evaluation.accuracy import evaluate_accuracy, evaluation_batches
 from vitscale.models.batch_norm import synchronize
 from vitscale.models.build import build_model
 from vitscale.models.init import initialize
@@ -39,15 +34,15 @@ from vitscale.topology import Topology
 from vitscale.train.average import WeightAverage
 from vitscale.train.batches import train_batches
 from vitscale.train.changes import AUTO, ResumePolicy
-from vitscale.train.engine import build_engine, model_input, train_step
-from vitscale.train.evaluators import due_evaluators, is_evaluation_due, open_evaluators, run_evaluators
+from vitscale.train.engine import build_engine, train_step
+from vitscale.train.evaluators import due_evaluators, open_evaluators, run_evaluators
 from vitscale.train.first_batch import when_loaded
 from vitscale.train.health import check_health
 from vitscale.train.heartbeat import Heartbeat, Phase
 from vitscale.train.initial import begin_with_initial, check_initial
 from vitscale.train.metrics import MetricLog
 from vitscale.train.run_folder import RunLock, check_policy, check_run, record_attempt
-from vitscale.train.schedule import learning_rate
+from vitscale.train.schedule import planned_learning_rate
 from vitscale.train.screen import announce
 from vitscale.train.signals import StopRequest
 
@@ -64,8 +59,7 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
         config = ranks.on_main(lambda: config)
         train_set = ranks.on_main(lambda: open_training_data(config.data, global_batch_size=config.global_batch_size))
         plan = ranks.on_main(lambda: RunPlan.create(config, ranks.world_size, train_set))
-        eval_set = ranks.on_main(lambda: open_held_out_set(config, train_set))
-        evaluators = ranks.on_main(lambda: open_evaluators(config, plan, train_set.classes))
+        evaluators = ranks.on_main(lambda: open_evaluators(config, plan, train_set))
         # Before the lock, which would make a folder of a mistyped name.
         ranks.on_main(lambda: check_policy(config, policy))
         ranks.on_main(lambda: check_initial(config, train_set.classes))
@@ -81,13 +75,7 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
         engine = build_engine(model, config, plan, ranks)
         leave_if_stopped(stop, ranks)
         average = None if config.optim.ema_decay is None else WeightAverage(engine, decay=config.optim.ema_decay)
-        lr_of = partial(
-            learning_rate,
-            optim=config.optim,
-            schedule=config.schedule,
-            warmup=plan.warmup_steps,
-            total=plan.total_steps,
-        )
+        lr_of = planned_learning_rate(config, plan)
         retention = Retention(config.checkpoint.keep, plan.keep_checkpoint_every, config.checkpoint.keep_best)
         checkpoints = Checkpoints(
             CheckpointStore(checkpoint_folder(config.run, config.checkpoint), ranks, retention),
@@ -123,10 +111,8 @@ def train(config: TrainConfig, topology: Topology, stop: StopRequest, policy: Re
             stopping = False
             while not stopping:
                 # Before the step, so that an attempt makes up for an evaluation that its predecessor did not finish.
-                if eval_set and evaluation_due(state, plan, log):
-                    with average.in_place() if average else nullcontext():
-                        stopping = evaluate(engine, config, eval_set, state, log, ranks, stop, checkpoints, heartbeat)
-                if not stopping and (due := due_evaluators(evaluators, state, plan, log)):
+                if due := due_evaluators(evaluators, state, plan, log):
+                    heartbeat.enter(Phase.EVALUATE, state.step)
                     with average.in_place() if average else nullcontext():
                         poll = stop_poll(state, ranks, stop, checkpoints, heartbeat)
                         stopping = run_evaluators(engine, config, due, state, log, ranks, poll)
@@ -205,24 +191,6 @@ class SaveClock:
         return time.monotonic() >= self._end
 
 
-def open_held_out_set(config: TrainConfig, train_set: Mixture) -> Manifest | None:
-    """The set that is evaluated on, if there is one. Its labels must mean what they mean in training."""
-    if config.data.eval is None:
-        return None
-    return open_evaluation_set(
-        config.data.eval,
-        config.data.storage,
-        num_classes=config.model.num_classes,
-        classes=train_set.classes,
-    )
-
-
-def evaluation_due(state: TrainState, plan: RunPlan, log: MetricLog) -> bool:
-    """After the last step always, before that at the plan's cadence; once for each step, also across attempts."""
-    due = is_evaluation_due(state.step, plan.evaluate_every, plan.total_steps)
-    return due and not log.was_evaluated(state.step)
-
-
 def stop_poll(
     state: TrainState, ranks: Ranks, stop: StopRequest, checkpoints: Checkpoints, heartbeat: Heartbeat
 ) -> Callable[[], bool]:
@@ -236,38 +204,3 @@ def stop_poll(
         return stop_votes > 0
 
     return is_stopping
-
-
-def evaluate(
-    engine: Any,
-    config: TrainConfig,
-    eval_set: Manifest,
-    state: TrainState,
-    log: MetricLog,
-    ranks: Ranks,
-    stop: StopRequest,
-    checkpoints: Checkpoints,
-    heartbeat: Heartbeat,
-) -> bool:
-    """Evaluate and record. Returns whether a stop was requested meanwhile, on all ranks alike."""
-    heartbeat.enter(Phase.EVALUATE, state.step)
-    start = time.perf_counter()
-    engine.eval()
-    accuracy = evaluate_accuracy(
-        lambda images: engine(model_input(images, engine)),
-        evaluation_batches(
-            eval_set,
-            config.data,
-            num_classes=config.model.num_classes,
-            batch_size=config.micro_batch_size,
-            ranks=ranks,
-        ),
-        num_classes=config.model.num_classes,
-        ranks=ranks,
-        is_stopping=stop_poll(state, ranks, stop, checkpoints, heartbeat),
-    )
-    engine.train()
-    if accuracy is None:
-        return True
-    log.evaluation(state, accuracy.to_json(), time.perf_counter() - start)
-    return False

@@ -203,23 +203,20 @@ class MetricLog:
             self._metrics.append(record)
             self._screen.step(record)
 
-    def evaluation(self, state: TrainState, results: dict[str, float | int], seconds: float) -> None:
-        """Record an evaluation after ``state.step``."""
+    def evaluation(self, state: TrainState, name: str | None, results: dict[str, Any], seconds: float) -> None:
+        """Record an evaluation after ``state.step``: of data.eval, or one of evaluation.evaluators under its name."""
+        prefix = "eval_" if name is None else f"{name}/"
         if self._metrics:
-            shown = {f"eval_{name}": value for name, value in results.items()}
-            self._scores[state.step] = results["top1"]
+            shown = {f"{prefix}{key}": value for key, value in results.items()}
             self._metrics.append({"step": state.step, **shown, "attempt": self._attempt, "seconds": round(seconds, 2)})
-        top1, top5, images = results["top1"], results["top5"], results["images"]
-        self.say(f"step {state.step}: held-out top-1 {top1:.4f}, top-5 {top5:.4f} on {images:,} images")
-        self._restart_window(state)
-
-    def evaluator(self, state: TrainState, name: str, results: dict[str, Any], seconds: float) -> None:
-        """Record what one of evaluation.evaluators found after ``state.step``, under its name."""
-        if self._metrics:
-            named = {f"{name}/{key}": value for key, value in results.items()}
-            self._metrics.append({"step": state.step, **named, "attempt": self._attempt, "seconds": round(seconds, 2)})
-        told = [f"{key} {value:.4f}" for key, value in results.items() if isinstance(value, float)]
-        self.say(f"step {state.step}: {name}: {results.get('error') or ', '.join(told)}")
+            if name is None:
+                self._scores[state.step] = results["top1"]
+        if name is None:
+            top1, top5, images = results["top1"], results["top5"], results["images"]
+            self.say(f"step {state.step}: held-out top-1 {top1:.4f}, top-5 {top5:.4f} on {images:,} images")
+        else:
+            told = [f"{key} {value:.4f}" for key, value in results.items() if isinstance(value, float)]
+            self.say(f"step {state.step}: {name}: {results.get('error') or ', '.join(told)}")
         self._restart_window(state)
 
     def _restart_window(self, state: TrainState) -> None:

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
-from vitscale.config.schema import OptimConfig, ScheduleConfig
+from vitscale.config.schema import OptimConfig, ScheduleConfig, TrainConfig
+from vitscale.plan import RunPlan
+
+
+def planned_learning_rate(config: TrainConfig, plan: RunPlan) -> Callable[[int], float]:
+    """The learning rate of a run by the number of finished updates."""
+    return partial(
+        learning_rate,
+        optim=config.optim,
+        schedule=config.schedule,
+        warmup=plan.warmup_steps,
+        total=plan.total_steps,
+    )
 
 
 def learning_rate(step: int, *, optim: OptimConfig, schedule: ScheduleConfig, warmup: int, total: int) -> float:

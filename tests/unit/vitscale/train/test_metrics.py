@@ -101,7 +101,7 @@ def test_a_run_that_was_finished_says_so(open_log: Open, tmp_path: Path, capsys:
 def test_sync_puts_all_records_on_the_disk(open_log: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     state = TrainState(step=1, examples_seen=16)
     with open_log(TrainState()) as log:
-        log.evaluation(state, {"top1": 0.5, "top5": 1.0, "images": 2, "unreadable": 0}, 1.0)
+        log.evaluation(state, None, {"top1": 0.5, "top5": 1.0, "images": 2, "unreadable": 0}, 1.0)
         log.quarantine(1, [Quarantined(position=3, key="k", shard="s", reason="r", substitute=None)])
         with synced_files(monkeypatch) as contents:
             log.sync()
@@ -141,7 +141,7 @@ def test_a_record_tells_what_was_read_since_the_last_one(
 def test_an_evaluation_between_two_records_loses_no_request(open_log: Open, tmp_path: Path, nothing_read: None) -> None:
     with open_log(TrainState()) as log:
         _ask("store")
-        log.evaluation(TrainState(step=1), {"top1": 0.5, "top5": 1.0, "images": 2, "unreadable": 0}, 1.0)
+        log.evaluation(TrainState(step=1), None, {"top1": 0.5, "top5": 1.0, "images": 2, "unreadable": 0}, 1.0)
         _take_step(log, 2)
     (record,) = records_of(tmp_path)
     assert record["storage"]["requests"] == 1
