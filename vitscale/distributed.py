@@ -85,6 +85,11 @@ class Ranks:
         distributed.broadcast_object_list(outcome, src=0, group=self._control)
         return _unwrap(outcome[0])
 
+    def from_main(self, values: Tensor) -> Tensor:
+        """Rank 0's contiguous values, in place, on every rank. They lie in host memory and are alike in shape."""
+        distributed.broadcast(values, src=0, group=self._control)
+        return values
+
     def on_all(self, function: Callable[[], T]) -> list[T]:
         """Run ``function`` on every rank and give all results, by rank, to every rank.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,17 +184,22 @@ class Checkpoints:
         self._saved = state.step
         return state
 
-    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+    def begin_with(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Let the engine, which has made no step, begin with other weights; averages begin with the same.
 
         Args:
-            state: whole parameters and buffers by name, fp32; those that are not in it keep their values.
+            tensors: whole parameters and buffers with their names, fp32; those that are not among them keep their
+                values. One is held at a time.
         """
-        set_masters(self._engine, state)
+
+        def with_buffers_taken() -> Iterator[tuple[str, Tensor]]:
+            for name, values in tensors:
+                if name in self._buffers:
+                    self._buffers[name].copy_(values)
+                yield name, values
+
+        set_masters(self._engine, with_buffers_taken())
         push_masters(self._engine)
-        for name, buffer in self._buffers.items():
-            if name in state:
-                buffer.copy_(state[name])
         self._begin_averages()
 
     def _fragments(self) -> list[Fragment]:

@@ -5,7 +5,8 @@ This is the only file that reads private attributes of DeepSpeed's optimizers (t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -170,17 +171,21 @@ def prepare_moments(engine: Any, *, steps: int) -> None:
 
 
 @torch.no_grad()
-def set_masters(engine: Any, state: Mapping[str, Tensor]) -> None:
+def set_masters(engine: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Replace this rank's master weights.
 
     Args:
         engine: of DeepSpeed. What its model computes with stays, until :func:`push_masters`.
-        state: whole parameters; those that are not in it stay.
+        tensors: whole parameters with their names, which need not live on; those that are not among them stay. Other
+            names are passed over.
     """
+    parts = defaultdict(list)
     for partition in _partitions(engine):
         for name, start, numel, offset in partition.ranges:
-            if name in state:
-                partition.flat[offset : offset + numel].copy_(state[name].flatten()[start : start + numel])
+            parts[name].append((partition.flat[offset : offset + numel], start))
+    for name, values in tensors:
+        for part, start in parts[name]:
+            part.copy_(values.flatten()[start : start + part.numel()])
 
 
 def pull_masters(engine: Any) -> None:

@@ -37,6 +37,7 @@ def _numbers(topology: Topology) -> None:
         # Sums of digests wrap, on one rank as on many; so do numbers that have no place in 64 bits.
         wide = ranks.sum_ints([2**64 - 1, 2**63, -(2**63) - 1, 2**64 + 5])
         assert wide == {1: [-1, -(2**63), 2**63 - 1, 5], 2: [-2, 0, -2, 10]}[world_size]
+        assert ranks.from_main(torch.full((2, 1), rank + 0.5)).tolist() == [[0.5], [0.5]]
         rows = ranks.gather_floats([rank + 0.1, 1e300, float("-inf")])
         assert rows == [[r + 0.1, 1e300, float("-inf")] for r in range(world_size)]
         assert ranks.gather_floats([]) == [[]] * world_size

@@ -144,7 +144,7 @@ def _begin(topology: Topology, stage: int) -> None:
         torch.manual_seed(0)
         first = {name: values.detach().clone() for name, values in Odd().named_parameters()}
         other = {"first.weight": torch.arange(35.0).view(5, 7), "seen": torch.full((2, 1), 4.0)}
-        checkpoints.begin_with(other)
+        checkpoints.begin_with(iter(other.items()))
         whole = first | other
         for fragment in fragments(engine, averages):
             expected = whole[fragment.name].flatten()[fragment.start : fragment.start + fragment.values.numel()]
