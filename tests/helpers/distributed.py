@@ -13,11 +13,12 @@ from typing import Any
 
 from vitscale.topology import Topology
 
-# The last three are imported late, by AdamW and DeepSpeed, and take each rank seconds.
+# The last four are imported late, by metrics, AdamW and DeepSpeed, and take each rank seconds.
 PRELOADED = [
     "vitscale.train.loop",
     "deepspeed",
     "torch.distributed",
+    "torchmetrics.functional.classification",
     "torch._dynamo.aot_compile",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",

@@ -1,4 +1,4 @@
-"""A run that finds its checkpoints damaged, or itself in the wrong place. The real command on two ranks."""
+"""A run that finds its checkpoints damaged, or itself in the wrong place. The command on two ranks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.command import train
 from tests.helpers.disk import mount_tmpfs, unmounted_afterwards
 from tests.helpers.runs import (
     REPOSITORY,
@@ -35,7 +36,7 @@ EVERY = "checkpoint.every={steps: 3}"
 def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 12 steps, undisturbed."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(start_training(overrides(digits, run, EVERY)))
+    train(overrides(digits, run, EVERY))
     assert checkpoints_of(run) == ["step-000000012", "step-000000009", "step-000000006"]
     return run
 
@@ -61,7 +62,7 @@ def test_a_damaged_newest_checkpoint_costs_a_few_steps(digits: Path, run: Path, 
     file = run / "checkpoints" / "step-000000009" / "rank-00001.safetensors"
     size = file.stat().st_size
     os.truncate(file, size - 100)
-    errors = finish(start_training(overrides(digits, run, EVERY)))
+    errors = train(overrides(digits, run, EVERY))
     said = (
         f"checkpoint step-000000009 is damaged ({file.name} has {size - 100} of {size} bytes); moved to damaged-step-"
     )
@@ -80,7 +81,7 @@ def test_without_a_complete_checkpoint_the_run_starts_again_and_says_so(digits: 
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    errors = finish(start_training(overrides(digits, run, EVERY)))
+    errors = train(overrides(digits, run, EVERY))
     for said in (
         f"none of the 2 checkpoints in {checkpoints} is complete",
         "checkpoint step-000000009 is damaged (it has no manifest); moved to damaged-step-000000009",
@@ -93,7 +94,7 @@ def test_without_a_complete_checkpoint_the_run_starts_again_and_says_so(digits: 
 
 def test_another_shard_set_is_refused_and_the_run_folder_left_as_it_was(digits: Path, run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    errors = finish(start_training(overrides(digits, run, EVERY, f"data.train={digits / 'val'}")), expect=1)
+    errors = train(overrides(digits, run, EVERY, f"data.train={digits / 'val'}"), expect=1)
     assert errors.count("vitscale: ") == 1, errors
     said = f"vitscale: error: {run / 'checkpoints' / 'step-000000009'}: was trained on other data: another content of"
     assert said in errors
@@ -104,7 +105,7 @@ def test_another_shard_set_is_refused_and_the_run_folder_left_as_it_was(digits: 
 
 def test_another_model_is_refused_with_the_difference(digits: Path, run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    errors = finish(start_training(overrides(digits, run, EVERY, "model.depth=3")), expect=2)
+    errors = train(overrides(digits, run, EVERY, "model.depth=3"), expect=2)
     assert errors.count("vitscale: ") == 1, errors
     assert f"vitscale: error: run: {run} belongs to a run with another configuration:\n" in errors
     assert "\n  model.depth: 2 -> 3\n" in errors
@@ -147,8 +148,9 @@ def test_a_full_disk_stops_the_run_or_not_as_configured(digits: Path, tmp_path: 
         ballast = disk / "ballast"
         ballast.write_bytes(bytes(980_000))  # what is left is enough for all but a checkpoint
         arguments = overrides(digits, run, "checkpoint.every={steps: 4}", "data.eval=null")
-        process = start_training([*arguments, f"checkpoint.tolerate_failures={tolerated}", "duration={steps: 60}"])
+        arguments += [f"checkpoint.tolerate_failures={tolerated}", "duration={steps: 60}"]
         if tolerated:
+            process = start_training(arguments)
             # The disk is full for the first save and perhaps the second; then someone makes room.
             assert process.stderr is not None
             said = ""
@@ -158,13 +160,13 @@ def test_a_full_disk_stops_the_run_or_not_as_configured(digits: Path, tmp_path: 
             said += finish(process)
             assert "a checkpoint was not saved (1 of 2 failures in a row" in said
         else:
-            said = finish(process, expect=1)
+            said = train(arguments, expect=1)
             assert said.count("vitscale: error: ") == 1, said
             ballast.unlink()
         assert "No space left on device; free space or mend the disk" in said
         assert "Traceback" not in said
         assert not list((run / "checkpoints").glob(".staging-*"))
         if not tolerated:
-            finish(start_training([*arguments, "duration={steps: 60}"]))
+            train(arguments)
         assert len(metrics(run)) == 60
         assert checkpoint_of(run).step == 60

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.command import vitscale
+from tests.helpers.command import train, training, vitscale
 from tests.helpers.distributed import run_ranks
-from tests.helpers.runs import (
-    finish,
-    kill_group,
-    metrics,
-    overrides,
-    start_training,
-    trajectory,
-    wait_until,
-)
+from tests.helpers.runs import metrics, overrides, trajectory, wait_until
 from tests.helpers.s3 import S3Server
 from tests.helpers.stopping import train_and_stop
 from vitscale.checkpoint.objects import ObjectFolder
@@ -42,17 +33,15 @@ def test_a_run_that_is_killed_goes_on_from_s3(s3: S3Server, digits: Path, tmp_pa
     url = f"{s3.bucket()}/runs/{nproc}"
     folder = ObjectFolder(url)
     arguments = overrides(digits, run, *PLAIN, f"checkpoint.folder={url}")
-    first = start_training(arguments, nproc=2)
-    committed = wait_until(
-        lambda: (len(metrics(run)) >= 12 and len(folder.names()) == 2) or first.poll() is not None, timeout_s=120
-    )
-    kill_group(first)
-    assert committed
+    with training(arguments, **s3.environment) as ranks:
+        assert wait_until(
+            lambda: (len(metrics(run)) >= 12 and len(folder.names()) == 2) or not ranks[0].is_alive(), timeout_s=120
+        )
     assert 12 <= metrics(run)[-1]["step"] < 30
     resumed_at = open_checkpoint(folder).step
     assert resumed_at % 5 == 0
 
-    finish(start_training(arguments, nproc=nproc))
+    train(arguments, nproc=nproc, **s3.environment)
     assert not (run / "checkpoints").exists()
     assert checkpoint_names(folder) == ["step-000000030", "step-000000025"]
     attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
@@ -63,9 +52,6 @@ def test_a_run_that_is_killed_goes_on_from_s3(s3: S3Server, digits: Path, tmp_pa
     assert [row[:2] for row in trajectory(run)] == [row[:2] for row in expected]
     for ours, theirs in zip(trajectory(run), expected, strict=True):
         assert ours[2:] == pytest.approx(theirs[2:], rel=2e-4)
-    # The process that the command is forked from may have been started with other credentials.
-    outcome = vitscale(
-        "evaluate", run, **{name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    )
+    outcome = vitscale("evaluate", run, **s3.environment)
     assert outcome.code == 0, outcome.errors
     assert json.loads(outcome.out)["step"] == 30

@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import bad_http
 from tests.helpers.bad_http import bad_server
+from tests.helpers.command import train
 from tests.helpers.runs import finish, metrics, overrides, start_training, trajectory, wait_until
 
 
@@ -28,7 +29,7 @@ def test_an_outage_stops_all_ranks_with_one_error_and_the_run_goes_on(digits: Pa
         assert "then give the same command again" in errors
         assert "Traceback" not in errors
         server.rule = lambda _: bad_http.ranged
-        finish(start_training(arguments))
-    finish(start_training(overrides(digits, whole, *plain)))
+        train(arguments)
+    train(overrides(digits, whole, *plain))
     assert [row[:2] for row in trajectory(run)] == [row[:2] for row in trajectory(whole)]
     assert [row[2] for row in trajectory(run)] == pytest.approx([row[2] for row in trajectory(whole)], rel=1e-5)

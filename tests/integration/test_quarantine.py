@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import finish, metrics, overrides, start_training
+from tests.helpers.command import train
+from tests.helpers.runs import metrics, overrides
 from vitscale.data.manifest import read_idx, read_manifest
 
 
@@ -32,7 +33,7 @@ def test_bad_images_are_recorded_and_replaced_until_the_budget_is_spent(
     run = tmp_path / "run"
     # Past one epoch of 1,427 images, so that each bad one is met.
     arguments = overrides(folder, run, "global_batch_size=128", "micro_batch_size=64", "data.max_bad_share=0.1")
-    finish(start_training(arguments))
+    train(arguments)
     records = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
     assert {record["key"] for record in records} == bad
     assert all("cannot decode the image" in record["reason"] for record in records)
@@ -40,7 +41,7 @@ def test_bad_images_are_recorded_and_replaced_until_the_budget_is_spent(
     assert metrics(run)[-1]["quarantined"] == len(records)
 
     strict = overrides(folder, tmp_path / "strict", "global_batch_size=128", "micro_batch_size=64")
-    errors = finish(start_training([*strict, "data.max_bad_samples=3", "data.max_bad_share=0.1"]), expect=1)
+    errors = train([*strict, "data.max_bad_samples=3", "data.max_bad_share=0.1"], expect=1)
     assert errors.count("vitscale: error:") == 1
     assert "data.max_bad_samples and data.max_bad_share allow 3" in errors
     assert "Traceback" not in errors

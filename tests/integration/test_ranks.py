@@ -18,25 +18,33 @@ pytestmark = pytest.mark.timeout(180)
 SECONDS = 20
 
 
-def test_each_stop_signal_commits_and_the_same_command_continues(digits: Path, tmp_path: Path) -> None:
+# One rank waits before the step, the other one within its collective operations.
+STOPS = [
+    (signal.SIGTERM, 0, 2),
+    pytest.param(signal.SIGINT, 1, 5, marks=pytest.mark.slow),
+    pytest.param(signal.SIGUSR2, 0, 8, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("number", "rank", "step"), STOPS)
+def test_each_stop_signal_commits_and_the_same_command_continues(
+    digits: Path, tmp_path: Path, number: signal.Signals, rank: int, step: int
+) -> None:
     run = tmp_path / "run"
     arguments = overrides(digits, run)
-    stops = ((signal.SIGTERM, 0, 2), (signal.SIGINT, 1, 5), (signal.SIGUSR2, 0, 8))
-    for number, rank, step in stops:
-        # One rank waits before the step, the other one within its collective operations.
-        hold = Fault(tmp_path / number.name, "hold", rank=rank, step=step)
-        launcher = start_training(arguments, **hold.env)
-        hold.wait(launcher)
-        launcher.send_signal(number)
-        errors = finish(launcher, expect=75)
-        message = f"vitscale: stopped at step {step + 1} of 12 on {number.name}; a checkpoint is committed"
-        assert errors.count(message) == 1, errors
-        assert "Traceback" not in errors
-        checkpoint = checkpoint_of(run)
-        assert checkpoint.step == step + 1
-        assert len(checkpoint.records) == 2
+    hold = Fault(tmp_path / "hold", "hold", rank=rank, step=step)
+    launcher = start_training(arguments, **hold.env)
+    hold.wait(launcher)
+    launcher.send_signal(number)
+    errors = finish(launcher, expect=75)
+    message = f"vitscale: stopped at step {step + 1} of 12 on {number.name}; a checkpoint is committed"
+    assert errors.count(message) == 1, errors
+    assert "Traceback" not in errors
+    checkpoint = checkpoint_of(run)
+    assert checkpoint.step == step + 1
+    assert len(checkpoint.records) == 2
     errors = finish(start_training(arguments))
-    assert "continuing from the checkpoint of step 9" in errors
+    assert f"continuing from the checkpoint of step {step + 1}" in errors
     assert [record["step"] for record in metrics(run)] == list(range(1, 13))
 
 

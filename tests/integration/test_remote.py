@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.command import train, training
 from tests.helpers.distributed import run_ranks
-from tests.helpers.runs import finish, kill_group, metrics, overrides, start_training, trajectory, wait_until
+from tests.helpers.runs import metrics, overrides, trajectory, wait_until
 from tests.helpers.s3 import S3Server, upload
 from tests.helpers.stopping import train_and_stop
 
@@ -27,11 +28,10 @@ def test_a_run_on_s3_that_is_killed_goes_on_with_three_ranks(s3: S3Server, digit
     whole, run, cache = tmp_path / "whole", tmp_path / "run", tmp_path / "cache"
     run_ranks(train_and_stop, 2, overrides(digits, whole, *PLAIN), None)
     arguments = overrides(digits, run, *PLAIN, f"data.train={upload(s3, digits / 'train')}")
-    first = start_training(arguments, nproc=2)
-    assert wait_until(lambda: len(metrics(run)) >= 12 or first.poll() is not None, timeout_s=120)
-    kill_group(first)
+    with training(arguments, **s3.environment) as ranks:
+        assert wait_until(lambda: len(metrics(run)) >= 12 or not ranks[0].is_alive(), timeout_s=120)
     assert 12 <= metrics(run)[-1]["step"] < 40
-    finish(start_training([*arguments, f"data.storage.cache={cache}"], nproc=3))
+    train([*arguments, f"data.storage.cache={cache}"], nproc=3, **s3.environment)
     assert list(cache.rglob("*.tar-*"))
     expected = trajectory(whole)
     assert [row[:2] for row in trajectory(run)] == [row[:2] for row in expected]

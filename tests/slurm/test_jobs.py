@@ -70,6 +70,7 @@ def test_a_preempted_job_saves_comes_back_once_and_ends_with_the_same_bits(lab: 
     assert hold.code().is_relative_to(job.run / "launch" / "code")
 
 
+@pytest.mark.slow
 def test_scancel_saves_and_nothing_comes_back(lab: Lab) -> None:
     faults = JobFaults(lab.folder / "faults")
     hold = faults.add("hold", rank=0, step=7)

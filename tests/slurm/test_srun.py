@@ -14,7 +14,7 @@ from tests.helpers.faults import Fault
 from tests.helpers.runs import CONFIG, checkpoint_of, environment, finish, metrics, overrides
 from tests.helpers.slurm import SlurmCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(180)]
 ONE_NODE = ("-N1", "-n2")
 TWO_NODES = ("-N2", "-n2")
 # A failed rank ends the step within this time, also on a busy machine.

@@ -7,17 +7,12 @@ B images of a batch, K classes, M labels of the image that has most.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_calibration_error,
-    multiclass_confusion_matrix,
-    multiclass_stat_scores,
-    multilabel_average_precision,
-)
 
 from vitscale.distributed import Ranks
 
@@ -25,6 +20,14 @@ from vitscale.distributed import Ranks
 CALIBRATION_BINS = 15
 # Scores of all images and classes that mean average precision may take on a rank: 2 GiB in float64.
 MAX_SCORES = 1 << 28
+
+
+def _torchmetrics() -> Any:
+    """Its functions for classification, imported when they are needed: those for texts and sounds come along, which
+    takes two seconds, and a rank that starts again needs none of them before its next evaluation."""
+    from torchmetrics.functional import classification
+
+    return classification
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ class AccuracyMeter:
         confidence, best = logits.softmax(dim=1).max(dim=1)
         self._confidences.append(torch.stack((confidence.double(), (best == labels).double())).cpu())
         if self._confusion is not None:
-            self._confusion += multiclass_confusion_matrix(best, labels, self._num_classes, validate_args=False).cpu()
+            self._confusion += (
+                _torchmetrics().multiclass_confusion_matrix(best, labels, self._num_classes, validate_args=False).cpu()
+            )
 
     def total(self, ranks: Ranks, *, unreadable: int) -> Accuracy | None:
         """Of all ranks. Collective.
@@ -113,7 +118,7 @@ def _hits(logits: Tensor, labels: Tensor, num_classes: int, top_k: int) -> int:
     if num_classes == 1:
         return len(labels)
     # The loader has checked the labels already.
-    scores = multiclass_stat_scores(
+    scores = _torchmetrics().multiclass_stat_scores(
         logits, labels, num_classes=num_classes, top_k=top_k, average="micro", validate_args=False
     )
     return int(scores[0])  # true positives
@@ -124,7 +129,7 @@ def _calibration_error(answers: Tensor) -> float:
     confidence, correct = answers
     # In an order that does not depend on who computed what, so that sums are rounded alike.
     order = np.lexsort((correct.numpy(), confidence.numpy()))
-    found = binary_calibration_error(
+    found = _torchmetrics().binary_calibration_error(
         confidence[order].clamp(max=1.0), correct[order].long(), n_bins=CALIBRATION_BINS, norm="l1"
     )
     return float(found)
@@ -209,7 +214,7 @@ def _mean_average_precision(scores: Tensor, targets: Tensor) -> float:
     present = targets.any(dim=0)
     # Ranks instead of logits: torchmetrics would squeeze those through a sigmoid, where large ones become equal.
     ranked = torch.stack([column.unique(return_inverse=True)[1] for column in scores[:, present].T], dim=1)
-    found = multilabel_average_precision(
+    found = _torchmetrics().multilabel_average_precision(
         ranked.double() / max(1, len(scores)),
         targets[:, present].long(),
         num_labels=int(present.sum()),

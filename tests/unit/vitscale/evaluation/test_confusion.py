@@ -19,8 +19,8 @@ def test_any_number_of_classes_is_drawn_and_its_numbers_are_kept(tmp_path: Path,
     path = tmp_path / "a.png"
     write_confusion(path, table, ["plane"], title="model on set")
     with Image.open(path) as image:
-        colours = len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0))
-    assert colours > 50
+        colours = image.convert("RGB").getcolors(maxcolors=1 << 24)
+    assert len(colours) > 50
     with np.load(path.with_suffix(".npz")) as found:
         np.testing.assert_array_equal(found["counts"], table)
         assert found["classes"].tolist() == ["plane", *map(str, range(1, classes))]
