@@ -116,7 +116,7 @@ def _read_status(run: Path, ask: Ask) -> Status:
         commit, unreadable = None, [f"the checkpoints are out of reach: {error}"]
     progress, asked = read_progress(run), not notes
     is_alive = _is_alive(run, submission, attempts, asked=asked)
-    finished = _is_finished(submission, attempts, progress, commit)
+    finished = _is_finished(run, submission, attempts, progress, commit)
     cancelled = cancel_requested(run)
     state, why = judge(jobs, attempts, finished=finished, is_alive=is_alive, asked=asked, cancelled=cancelled)
     beats, silence = _ranks(run, state, attempts, progress)
@@ -136,12 +136,16 @@ def _read_status(run: Path, ask: Ask) -> Status:
 
 
 def _is_finished(
-    submission: Submission | None, attempts: Sequence[Attempt], progress: Progress, commit: Commit | None
+    run: Path, submission: Submission | None, attempts: Sequence[Attempt], progress: Progress, commit: Commit | None
 ) -> bool:
     if not attempts or (submission and attempts[-1].number < submission.first_attempt):
         # What was submitted since may be longer.
         return False
-    is_last = commit is not None and progress.total_steps is not None and commit.step >= progress.total_steps
+    step = commit.step if commit else 0
+    if commit is None and not (run / "checkpoints").exists():
+        # They were removed, as a search of learning rates does when the score is known. The records remain.
+        step = progress.step
+    is_last = progress.total_steps is not None and step >= progress.total_steps
     return is_last or attempts[-1].exit_code == 0
 
 
@@ -168,7 +172,7 @@ def _array_status(run: Path, submission: Submission, jobs: Sequence[SlurmJob], n
         mine = jobs_of_task(submission, number, jobs)
         attempts = read_attempts(folder)
         own = read_submission(folder) if attempts and submission_path(folder).is_file() else submission
-        finished = _is_finished(own, attempts, Progress(), commit=None)
+        finished = _is_finished(folder, own, attempts, Progress(), commit=None)
         cancelled = cancel_requested(folder)
         state, why = judge(mine, attempts, finished=finished, is_alive=False, cancelled=cancelled)
         failure = _first_failure(folder, attempts) if state is State.FAILED else None

@@ -173,6 +173,20 @@ def test_a_run_that_was_started_by_hand(run: Path) -> None:
     assert found.attempts[0].ranks == 2
 
 
+def test_a_run_whose_checkpoints_were_removed_at_its_end_is_finished(run: Path) -> None:
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    record = {"attempt": 1, "started_unix_s": NOW - 9000, "host": "laptop", "world_size": 2, "restored_step": None}
+    (run / "attempts.jsonl").write_text(json.dumps(record) + "\n")
+    trained(run, 99)
+    assert read_status(run, out_of_reach).state is State.FAILED
+    trained(run, 100)
+    assert read_status(run, out_of_reach).state is State.FINISHED
+    # One that died within its first save has a folder for it.
+    (run / "checkpoints").mkdir()
+    assert read_status(run, out_of_reach).state is State.FAILED
+
+
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"is no run folder, .* name the folder that run=... named"):
         read_status(tmp_path)
