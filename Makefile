@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 # Processes of tests at a time; many of them start ranks of their own.
-WORKERS ?= 2
+WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-slurm check bench clean
@@ -36,19 +36,19 @@ check: $(READY)
 	$(BIN)/python -m pytest --quiet tests/test_architecture.py
 
 test: check
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) tests/interpreter
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal tests/interpreter
 
 $(OLDEST_TRITON)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(@D) triton==3.6.0
 	touch $@
 
 test-slow: $(READY) $(OLDEST_TRITON)/.ready
-	$(BIN)/python -m pytest -m slow -n $(WORKERS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) tests/interpreter
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal tests/interpreter
 
 test-slurm: $(READY)
-	VITSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest -n $(WORKERS) tests/slurm
+	VITSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/slurm
 
 docs/config.md: $(READY) vitscale/config/schema.py
 	printf '# Configuration\n\nEvery key, as `vitscale config` prints it. Generated: `make docs/config.md`.\n\n```yaml\n%s\n```\n' \
