@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 # Processes of tests at a time; many of them start ranks of their own.
-WORKERS ?= 3
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-slurm check bench clean

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers.command import train
 from tests.helpers.faults import Fault
 from tests.helpers.runs import checkpoint_of, finish, metrics, overrides, start_training, wait_until
 from vitscale.data.manifest import read_idx, read_manifest
@@ -43,7 +44,7 @@ def test_each_stop_signal_commits_and_the_same_command_continues(
     checkpoint = checkpoint_of(run)
     assert checkpoint.step == step + 1
     assert len(checkpoint.records) == 2
-    errors = finish(start_training(arguments))
+    errors = train(arguments)
     assert f"continuing from the checkpoint of step {step + 1}" in errors
     assert [record["step"] for record in metrics(run)] == list(range(1, 13))
 
@@ -107,7 +108,7 @@ def test_a_killed_launcher_leaves_no_ranks(digits: Path, tmp_path: Path) -> None
 
 def test_ranks_that_cannot_share_the_batch_are_told_which_numbers_can(digits: Path, tmp_path: Path) -> None:
     arguments = overrides(digits, tmp_path / "run", "global_batch_size=36")
-    errors = finish(start_training(arguments), expect=1)
+    errors = train(arguments, expect=1)
     assert errors.count("vitscale: ") == 1, errors
     assert "makes 9 micro-batches, which 2 ranks cannot share evenly; world sizes that fit: 1, 3, 9;" in errors
     assert "Traceback" not in errors

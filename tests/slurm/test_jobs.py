@@ -46,6 +46,7 @@ def test_a_job_runs_to_the_end(undisturbed: Job) -> None:
     assert "12" in outcome.out
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_comes_back_once_and_ends_with_the_same_bits(lab: Lab, undisturbed: Job) -> None:
     faults = JobFaults(lab.folder / "faults")
     # In the midst of an epoch, and of the steps between two checkpoints.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.command import Outcome, vitscale
+from tests.helpers.command import Outcome, train, vitscale
 from tests.helpers.jobs import Lab
-from tests.helpers.runs import CONFIG, checkpoint_of, finish, overrides, start_training
+from tests.helpers.runs import CONFIG, checkpoint_of, overrides
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
@@ -96,7 +96,7 @@ def test_a_run_that_waits_or_is_trained_already(lab: Lab) -> None:
 def test_a_warning_before_the_time_limit_that_is_too_short_for_a_save(lab: Lab) -> None:
     """As an earlier attempt has measured it: here a save ended a minute after it had begun."""
     run = lab.folder / "run"
-    finish(start_training(overrides(lab.digits, run, "duration={steps: 4}")))
+    train(overrides(lab.digits, run, "duration={steps: 4}"))
     # Only the length of the run differs, which may change.
     for folder in (run / "checkpoints").glob("step-*"):
         manifest = folder / "manifest.json"

@@ -141,6 +141,6 @@ def _die_at_every_write(topology: Topology, tmp_path: Path, after: bool) -> None
     print(f"killed {'after' if after else 'before'} each of {point} writes")
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["before", "after"])
 def test_death_at_any_write_leaves_the_old_or_the_new_checkpoint(after: bool, tmp_path: Path) -> None:
     run_ranks(_die_at_every_write, 1, tmp_path, after)

@@ -201,7 +201,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(config=CONFIGS)
 def test_dump_loads_back_to_an_equal_object(config: TrainConfig) -> None:
     assert parse_section(TrainConfig, dump_config(config), "dump.yaml") == config

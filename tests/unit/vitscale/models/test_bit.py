@@ -137,7 +137,7 @@ def test_bf16_is_close_to_fp32() -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_compiles_as_one_graph(checkpointing: bool) -> None:
     model, images = tiny_model(activation_checkpointing=checkpointing), random_images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

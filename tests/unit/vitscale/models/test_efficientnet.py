@@ -326,7 +326,7 @@ def short_model(**changes: Any) -> EfficientNet:
     return model.double().train()
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(checkpointed: bool) -> None:
     images = random_images(4)
     expected = outcome(plain := short_model(), plain, images)

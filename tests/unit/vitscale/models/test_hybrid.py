@@ -268,7 +268,7 @@ def test_bf16_is_close_to_fp32() -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in module.parameters())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_compiles_as_one_graph(checkpointing: bool) -> None:
     module = tiny_module(STEMS[0], activation_checkpointing=checkpointing)
     images = random_images(module)

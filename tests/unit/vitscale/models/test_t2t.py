@@ -166,7 +166,7 @@ def test_bf16_is_close_to_fp32(variant: str) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_compiles_into_one_graph(variant: str, checkpointing: bool) -> None:
     torch.compiler.reset()
     model = set_initial_values(build(variant, depth=1, activation_checkpointing=checkpointing)).train()

@@ -370,7 +370,9 @@ def test_options_take_checkpointing_bfloat16_and_no_images(options: dict[str, An
     assert plain(images[:0].float()).shape == (0, 5)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options", [*OPTIONS[:2], *(pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[2:])], ids=str
+)
 def test_options_compile_to_one_graph(options: dict[str, Any]) -> None:
     torch.compiler.reset()
     model = tiny_model(depth=2, **options).float()
