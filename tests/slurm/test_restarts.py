@@ -69,7 +69,9 @@ def test_a_killed_task_takes_the_step_down_and_the_job_comes_back(lab: Lab, undi
     assert first.ended_unix_s - killed < 20
     assert (first.reason or "").startswith("crashed: ")
     assert "ill" in (first.reason or "")  # killed, SIGKILL
-    assert (first.exit_code, first.ended_step) == (137, 4)
+    # srun tells the highest of the tasks' codes: of the one that was killed, or of the other, which srun then ended.
+    assert first.exit_code in (137, 143)
+    assert first.ended_step == 4
     job.finish()
     assert [attempt.started_step for attempt in job.attempts()] == [None, 4]
     assert trajectory(job.run) == trajectory(undisturbed)
