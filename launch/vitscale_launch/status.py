@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vitscale.checkpoint.opening import REMOVED
 from vitscale.durable import Lock
 from vitscale.errors import CheckpointError, ConfigError, Interrupted, LaunchError
 from vitscale.train.heartbeat import Beat, read_beats
@@ -142,8 +143,8 @@ def _is_finished(
         # What was submitted since may be longer.
         return False
     step = commit.step if commit else 0
-    if commit is None and not (run / "checkpoints").exists():
-        # They were removed, as a search of learning rates does when the score is known. The records remain.
+    if commit is None and (run / REMOVED).exists():
+        # As a search of learning rates does when the score is known.
         step = progress.step
     is_last = progress.total_steps is not None and step >= progress.total_steps
     return is_last or attempts[-1].exit_code == 0

@@ -98,6 +98,9 @@ def test_a_suite_chooses_learning_rates_and_goes_on_with_what_is_left(tmp_path: 
     best = max(search, key=lambda rate: search[rate]["result"]["held-out"])
     assert results["learning_rates"] == {"pre-trained/digits": float(best)}
     assert not (jobs / "lr-0.01/run/checkpoints").exists()
+    listed = vitscale("launch", "list", jobs)
+    assert "lr-0.01" in listed.out, listed.errors
+    assert "failed" not in listed.out
     assert (jobs / "seed-0/run/checkpoints/latest").exists()
     rows = list(csv.reader((tmp_path / "suite/table.csv").open()))
     assert [row[0] for row in rows] == ["", "digits", "others", "all (2 datasets)", "pre-training, device-days"]

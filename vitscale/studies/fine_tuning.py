@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitscale.checkpoint.opening import REMOVED
 from vitscale.config.loader import parse_section
 from vitscale.config.reference import dump_config
 from vitscale.config.schema import StorageConfig, TrainConfig
@@ -138,6 +139,7 @@ class Training:
 
     def remove_checkpoints(self) -> None:
         """They are of no use once the scores are known. The records stay."""
+        (self.config.run / REMOVED).touch()
         shutil.rmtree(self.config.run / "checkpoints", ignore_errors=True)
 
     def accuracy(self, place: Workplace, test: str) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from vitscale.checkpoint.opening import REMOVED
 from vitscale.durable import Lock
 from vitscale.errors import LaunchError
 from vitscale_launch import cli
@@ -178,12 +179,11 @@ def test_a_run_whose_checkpoints_were_removed_at_its_end_is_finished(run: Path) 
     (run / "config.yaml").write_text("")
     record = {"attempt": 1, "started_unix_s": NOW - 9000, "host": "laptop", "world_size": 2, "restored_step": None}
     (run / "attempts.jsonl").write_text(json.dumps(record) + "\n")
-    trained(run, 99)
-    assert read_status(run, out_of_reach).state is State.FAILED
     trained(run, 100)
+    assert read_status(run, out_of_reach).state is State.FAILED
+    (run / REMOVED).touch()
     assert read_status(run, out_of_reach).state is State.FINISHED
-    # One that died within its first save has a folder for it.
-    (run / "checkpoints").mkdir()
+    trained(run, 99)
     assert read_status(run, out_of_reach).state is State.FAILED
 
 
