@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitscale.checkpoint.opening import REMOVED
 from vitscale.durable import Lock
 from vitscale.errors import CheckpointError, ConfigError, Interrupted, LaunchError
 from vitscale.train.heartbeat import Beat, read_beats
+from vitscale.train.records import CHECKPOINTS_REMOVED
 from vitscale_launch import slurm
 from vitscale_launch.activity import Ask, job_ids, jobs_of_task, local_process, own_jobs
 from vitscale_launch.attempts import Attempt, errors_folder, read_attempts
@@ -143,7 +143,7 @@ def _is_finished(
         # What was submitted since may be longer.
         return False
     step = commit.step if commit else 0
-    if commit is None and (run / REMOVED).exists():
+    if commit is None and (run / CHECKPOINTS_REMOVED).exists():
         # As a search of learning rates does when the score is known.
         step = progress.step
     is_last = progress.total_steps is not None and step >= progress.total_steps

@@ -10,9 +10,6 @@ from vitscale.config.schema import CheckpointConfig
 from vitscale.data.storage.drivers import is_path, package_of, without_secrets
 from vitscale.errors import ConfigError
 
-# A file in the folder of a run whose checkpoints were of no more use, and were removed on purpose.
-REMOVED = "checkpoints-removed"
-
 
 def checkpoint_folder(run: Path, config: CheckpointConfig) -> CheckpointFolder:
     """Where the checkpoints of a run lie. Nothing is asked of a storage yet.

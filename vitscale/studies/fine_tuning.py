@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscale.checkpoint.opening import REMOVED
 from vitscale.config.loader import parse_section
 from vitscale.config.reference import dump_config
 from vitscale.config.schema import StorageConfig, TrainConfig
@@ -20,6 +19,7 @@ from vitscale.models.shapes import resolve_shape
 from vitscale.plan import accumulation_steps
 from vitscale.studies.jobs import CommandError, Result, Workplace
 from vitscale.train.recipes import Recipe
+from vitscale.train.records import CHECKPOINTS_REMOVED
 
 Keys = dict[str, Any]
 """Dotted keys of a training configuration and their values: ``{"optim.lr": 0.003, "duration": {"steps": 500}}``."""
@@ -139,7 +139,7 @@ class Training:
 
     def remove_checkpoints(self) -> None:
         """They are of no use once the scores are known. The records stay."""
-        (self.config.run / REMOVED).touch()
+        (self.config.run / CHECKPOINTS_REMOVED).touch()
         shutil.rmtree(self.config.run / "checkpoints", ignore_errors=True)
 
     def accuracy(self, place: Workplace, test: str) -> float:

@@ -14,6 +14,9 @@ from vitscale.durable import publish_text
 
 logger = logging.getLogger(__name__)
 
+# A file in the folder of a run whose checkpoints were removed on purpose: its records are all that it was made for.
+CHECKPOINTS_REMOVED = "checkpoints-removed"
+
 
 class StepRecords:
     """A JSON-lines file whose records carry ``step``. Records of steps that are repeated after a resume move to

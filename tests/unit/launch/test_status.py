@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vitscale.checkpoint.opening import REMOVED
 from vitscale.durable import Lock
 from vitscale.errors import LaunchError
+from vitscale.train.records import CHECKPOINTS_REMOVED
 from vitscale_launch import cli
 from vitscale_launch.attempts import Attempt, errors_folder, write_attempt
 from vitscale_launch.listing import find_runs, read_all
@@ -181,7 +181,7 @@ def test_a_run_whose_checkpoints_were_removed_at_its_end_is_finished(run: Path) 
     (run / "attempts.jsonl").write_text(json.dumps(record) + "\n")
     trained(run, 100)
     assert read_status(run, out_of_reach).state is State.FAILED
-    (run / REMOVED).touch()
+    (run / CHECKPOINTS_REMOVED).touch()
     assert read_status(run, out_of_reach).state is State.FINISHED
     trained(run, 99)
     assert read_status(run, out_of_reach).state is State.FAILED
