@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +38,7 @@ def generated(folder: Path) -> None:
 
 
 def cifar10(folder: Path) -> None:
-    with tarfile.open(real("cifar10.tar.gz")) as tar:
-        tar.extractall(folder.parent / "unpacked", filter="data")
+    shutil.unpack_archive(real("cifar10.tar.gz"), folder.parent / "unpacked")
     (folder.parent / "unpacked" / "cifar10" / "train").rename(folder)
 
 

@@ -4,6 +4,7 @@ import builtins
 import io
 import random
 import re
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -108,8 +109,7 @@ def labels_file(tmp_path: Path, form: str) -> Path:
     path = devkit(tmp_path / ("devkit.tar" if form == "devkit.tar" else "ILSVRC2012_devkit_t12.tar.gz"))
     if form != "unpacked":
         return path
-    with tarfile.open(path) as tar:
-        tar.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(path, tmp_path)
     return tmp_path / "ILSVRC2012_devkit_t12"
 
 

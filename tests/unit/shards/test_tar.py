@@ -336,17 +336,27 @@ def pax(records: bytes) -> bytes:
         pax(b"") * 2000,
         pax(b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
         pax(b"19 GNU.sparse.map=x\n"),
-        pax(b"30 hdrcharset=" + b"\xff" * 15 + b"\n"),
         with_field(tar.header("long", 1 << 30), 156, b"L"),
         with_field(with_field(tar.header("long", 0), 156, b"L"), 124, struct.pack(">Iq", 2**32 - 1, -512)),
     ],
-    ids=["negative", "huge", "nested", "sparse 1.0", "sparse 0.1", "charset", "long name", "negative long name"],
+    ids=["negative", "huge", "nested", "sparse 1.0", "sparse 0.1", "long name", "negative long name"],
 )
 def test_crafted_headers_are_told(crafted: bytes) -> None:
     data = tar.header("a.jpg", 0) + crafted + tar.header("b.jpg", 3) + b"123" + bytes(509)
     with pytest.raises(TarError) as caught:
         walked(data + tar.end(len(data)))
     assert BLOCK <= caught.value.offset <= len(data)
+
+
+def test_a_charset_that_is_none_hides_no_member() -> None:
+    """Python 3.11.2 passes over it, later ones call it an error."""
+    crafted = pax(b"30 hdrcharset=" + b"\xff" * 15 + b"\n")
+    data = tar.header("a.jpg", 0) + crafted + tar.header("b.jpg", 3) + b"123" + bytes(509)
+    try:
+        found = walked(data + tar.end(len(data)))
+    except TarError:
+        return
+    assert [member.name for member in found] == ["a.jpg", "b.jpg"]
 
 
 @settings(max_examples=200, deadline=None)
