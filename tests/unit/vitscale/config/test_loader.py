@@ -368,7 +368,7 @@ DOCUMENTS = st.lists(st.tuples(st.integers(0, 3), KEYS, SCALARS), max_size=12).m
 YAML_LETTERS = st.text(alphabet="ab1.:-?[]{}&*!|>%@`'\"#,\\ \n\tUx_~<=é", max_size=60)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     text=st.one_of(st.text(max_size=80), YAML_LETTERS, DOCUMENTS, DOCUMENTS.map(lambda rows: RUN + rows)),
     overrides=st.lists(

@@ -201,13 +201,13 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(config=CONFIGS)
 def test_dump_loads_back_to_an_equal_object(config: TrainConfig) -> None:
     assert parse_section(TrainConfig, dump_config(config), "dump.yaml") == config
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(old=CONFIGS, new=CONFIGS)
 def test_no_change_exactly_if_equal(old: TrainConfig, new: TrainConfig) -> None:
     assert diff_configs(old, old) == []
