@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 # Processes of tests at a time; many of them start ranks of their own.
 WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-slurm check bench clean
@@ -36,19 +37,19 @@ check: $(READY)
 	$(BIN)/python -m pytest --quiet tests/test_architecture.py
 
 test: check
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal tests/interpreter
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL) tests/interpreter
 
 $(OLDEST_TRITON)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(@D) triton==3.6.0
 	touch $@
 
 test-slow: $(READY) $(OLDEST_TRITON)/.ready
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal tests/interpreter
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow $(PARALLEL) tests/interpreter
 
 test-slurm: $(READY)
-	VITSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/slurm
+	VITSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest $(PARALLEL) tests/slurm
 
 docs/config.md: $(READY) vitscale/config/schema.py
 	printf '# Configuration\n\nEvery key, as `vitscale config` prints it. Generated: `make docs/config.md`.\n\n```yaml\n%s\n```\n' \

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.helpers.distributed import PRELOADED, free_port
+from tests.helpers.distributed import forkserver, free_port
 from tests.helpers.runs import CONFIG, environment
 
 
@@ -76,8 +75,7 @@ def _run(environments: Sequence[Mapping[str, str]], arguments: Sequence[object],
 def _start(
     environments: Sequence[Mapping[str, str]], arguments: Sequence[object], folder: Path
 ) -> list[ForkServerProcess]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = forkserver()
     words = [str(argument) for argument in arguments]
     out, errors = folder / "out", folder / "errors"
     processes = [context.Process(target=_main, args=(words, out, errors, dict(env))) for env in environments]

@@ -8,7 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from vitscale.topology import Topology
@@ -25,6 +25,13 @@ PRELOADED = [
 ]
 
 
+def forkserver() -> ForkServerContext:
+    """Processes that are forked from one that has the heavy imports done but has started no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = 120) -> None:
     """Call ``function(topology, *arguments)`` on each rank and check that all return."""
     ranks = start_ranks(function, world_size, *arguments)
@@ -37,12 +44,8 @@ def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, t
 
 
 def start_ranks(function: Callable[..., None], world_size: int, *arguments: Any) -> list[ForkServerProcess]:
-    """Start a process for each rank, which calls ``function(topology, *arguments)`` and ends with 1 if that raises.
-
-    The ranks are forked from a server that has the heavy imports done but has started no threads.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    """Start a process for each rank, which calls ``function(topology, *arguments)`` and ends with 1 if that raises."""
+    context = forkserver()
     port = free_port()
     ranks = [
         context.Process(

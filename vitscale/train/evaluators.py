@@ -36,10 +36,6 @@ class RunEvaluator:
     """Steps between two evaluations; None evaluates after the last step only."""
     sets: tuple[Manifest, ...]
 
-    def is_due(self, step: int, total_steps: int) -> bool:
-        """Whether the evaluation belongs after a step."""
-        return is_evaluation_due(step, self.every, total_steps)
-
     @property
     def mark(self) -> str:
         """A key that each of its records has, and no other."""
@@ -97,7 +93,8 @@ def due_evaluators(
     return [
         each
         for each in evaluators
-        if each.is_due(state.step, plan.total_steps) and not log.was_evaluated(state.step, mark=each.mark)
+        if is_evaluation_due(state.step, each.every, plan.total_steps)
+        and not log.was_evaluated(state.step, mark=each.mark)
     ]
 
 

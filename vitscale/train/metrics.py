@@ -143,7 +143,7 @@ class MetricLog:
         """Top-1 by step of all evaluations of the run, on rank 0."""
         return dict(self._scores)
 
-    def was_evaluated(self, step: int, *, mark: str = "eval_top1") -> bool:
+    def was_evaluated(self, step: int, *, mark: str) -> bool:
         """Whether an earlier attempt recorded an evaluation after ``step``, which has the key ``mark``. The same answer
         on every rank."""
         return self._ranks.on_main(

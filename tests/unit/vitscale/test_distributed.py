@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import socket
 import threading
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tests.helpers.distributed import PRELOADED, _one_rank, free_port, run_ranks
+from tests.helpers.distributed import _one_rank, forkserver, free_port, run_ranks
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.topology import Topology
 
@@ -147,8 +146,7 @@ def _cannot_meet(topology: Topology, reason: str) -> None:
     ],
 )
 def test_an_address_where_the_ranks_do_not_meet_is_named(rank: int, occupied: bool, reason: str) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = forkserver()
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
@@ -196,8 +194,7 @@ def _leaves_its_block(topology: Topology, connected: threading.Barrier, code: in
 
 
 def test_a_rank_with_an_error_leaves_without_waiting_for_the_others() -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = forkserver()
     port = free_port()
     connected = context.Barrier(2)
     ranks = [Topology(rank=rank, world_size=2, local_rank=rank, master_port=port) for rank in range(2)]
